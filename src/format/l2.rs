@@ -1,0 +1,214 @@
+//! L1 and L2 entries: bits ([`L2Entry`]) apart from meaning ([`ClusterState`]). Spec, "Cluster mapping" and
+//! "Extended L2 Entries".
+//!
+//! A standard cluster is a cluster of ONE subcluster here: its zero flag becomes `zero` bit 0, a host cluster without
+//! the flag becomes `alloc` bit 0. Everything above works on the two masks and has no second case.
+
+use super::geometry::Geometry;
+use super::units::{HostCluster, HostOffset};
+use crate::error::CorruptionKind;
+
+/// COPIED: the refcount of what the entry points to is exactly one.
+pub const COPIED: u64 = 1 << 63;
+/// Compressed cluster.
+pub const COMPRESSED: u64 = 1 << 62;
+/// Zero flag of a standard descriptor.
+pub const ZERO: u64 = 1;
+/// Bits 9 to 55: the host offset of an L1 entry or of a standard descriptor.
+pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bits that are reserved in an L1 entry.
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Bits that are reserved in a standard descriptor (bit 0 is treated on its own).
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+
+/// The words of an L2 entry as stored: descriptor, and bitmap with extended L2 entries (0 otherwise).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct L2Entry {
+    /// Cluster descriptor with its two flag bits.
+    pub descriptor: u64,
+    /// Subcluster allocation bitmap: alloc bits 0 to 31, zero bits 32 to 63.
+    pub bitmap: u64,
+}
+
+/// Where the bytes of a cluster are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Host {
+    /// Nowhere.
+    None,
+    /// In a host cluster of its own.
+    Cluster {
+        /// Which.
+        cluster: HostCluster,
+        /// The refcount is exactly one: it may be written in place.
+        copied: bool,
+    },
+    /// Compressed, in some bytes of one or two host clusters.
+    Compressed(CompressedExtent),
+}
+
+/// The sectors that a compressed cluster may occupy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CompressedExtent {
+    /// First byte; any alignment.
+    pub offset: HostOffset,
+    /// Bytes up to the end of the last sector.
+    pub length_bytes: u64,
+}
+
+/// Meaning of an L2 entry that was found well-formed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClusterState {
+    /// Where the bytes are.
+    pub host: Host,
+    /// One bit for each subcluster whose data is in the host cluster. 0 for compressed clusters.
+    pub alloc: u32,
+    /// One bit for each subcluster that reads as zeroes. 0 for compressed clusters.
+    pub zero: u32,
+}
+
+impl ClusterState {
+    /// Not allocated at all: everything is seen through the backing file.
+    pub const UNALLOCATED: Self = Self { host: Host::None, alloc: 0, zero: 0 };
+}
+
+/// Decodes an L1 entry into the host offset of its L2 table (0: none) and its COPIED flag.
+pub fn decode_l1(entry: u64, geometry: Geometry) -> Result<(HostOffset, bool), CorruptionKind> {
+    if entry & L1_RESERVED != 0 {
+        return Err(CorruptionKind::L1EntryReservedBits);
+    }
+    let offset = entry & OFFSET_MASK;
+    if offset & (geometry.cluster_size_bytes() - 1) != 0 {
+        return Err(CorruptionKind::L2TableUnaligned);
+    }
+    Ok((HostOffset(offset), entry & COPIED != 0 && offset != 0))
+}
+
+/// An L1 entry for an L2 table that belongs to the active state alone.
+pub fn encode_l1(table: HostOffset) -> u64 {
+    table.0 | COPIED
+}
+
+impl L2Entry {
+    /// Decodes and verifies. Every malformed entry has a name (spec; scenarios J).
+    pub fn decode(self, geometry: Geometry) -> Result<ClusterState, CorruptionKind> {
+        if self.descriptor & COMPRESSED != 0 {
+            return self.decode_compressed(geometry);
+        }
+        if self.descriptor & L2_RESERVED != 0 {
+            return Err(CorruptionKind::L2EntryReservedBits);
+        }
+        let offset = self.descriptor & OFFSET_MASK;
+        if offset & (geometry.cluster_size_bytes() - 1) != 0 {
+            return Err(CorruptionKind::ClusterUnaligned);
+        }
+        let copied = self.descriptor & COPIED != 0;
+        let host = match offset {
+            0 if copied => return Err(CorruptionKind::CopiedWithoutCluster),
+            0 => Host::None,
+            _ => Host::Cluster { cluster: HostCluster(offset >> geometry.cluster_bits), copied },
+        };
+        let (alloc, zero) = self.masks(geometry, offset != 0)?;
+        Ok(ClusterState { host, alloc, zero })
+    }
+
+    fn masks(self, geometry: Geometry, has_host: bool) -> Result<(u32, u32), CorruptionKind> {
+        if !geometry.extended_l2 {
+            let zero = self.descriptor & ZERO != 0;
+            if zero && geometry.version < 3 {
+                return Err(CorruptionKind::ZeroFlagInV2);
+            }
+            return Ok((u32::from(has_host && !zero), u32::from(zero)));
+        }
+        // Bit 0 of an extended descriptor "is always 0"; QEMU ignores it (scenarios J1, J3), and so do we.
+        let (alloc, zero) = (self.bitmap as u32, (self.bitmap >> 32) as u32);
+        if alloc & zero != 0 {
+            return Err(CorruptionKind::SubclusterAllocAndZero);
+        }
+        if alloc != 0 && !has_host {
+            return Err(CorruptionKind::SubclusterWithoutCluster);
+        }
+        Ok((alloc, zero))
+    }
+
+    /// The bitmap of a compressed cluster is reserved and ignored (scenario J6).
+    fn decode_compressed(self, geometry: Geometry) -> Result<ClusterState, CorruptionKind> {
+        if self.descriptor & COPIED != 0 {
+            return Err(CorruptionKind::CompressedCopied);
+        }
+        let offset_bits = 62 - (geometry.cluster_bits - 8);
+        let offset = self.descriptor & ((1 << offset_bits) - 1);
+        if offset >> 56 != 0 {
+            return Err(CorruptionKind::L2EntryReservedBits);
+        }
+        let sectors = ((self.descriptor & (COMPRESSED - 1)) >> offset_bits) + 1;
+        let extent = CompressedExtent { offset: HostOffset(offset), length_bytes: sectors * 512 - offset % 512 };
+        Ok(ClusterState { host: Host::Compressed(extent), alloc: 0, zero: 0 })
+    }
+
+    /// Encodes a state of a standard cluster. (Compressed descriptors are made by the compressor alone.)
+    pub fn encode(state: ClusterState, geometry: Geometry) -> Self {
+        let mut descriptor = match state.host {
+            Host::None => 0,
+            Host::Cluster { cluster, copied } => geometry.host_offset(cluster).0 | if copied { COPIED } else { 0 },
+            Host::Compressed(_) => unreachable!("compressed descriptors are not made from a state"),
+        };
+        debug_assert_eq!(state.alloc & state.zero, 0, "D6: a subcluster is allocated or zero, never both");
+        debug_assert!(state.alloc == 0 || state.host != Host::None, "D6: allocated implies a host cluster");
+        let mut bitmap = 0;
+        if geometry.extended_l2 {
+            bitmap = u64::from(state.alloc) | u64::from(state.zero) << 32;
+        } else if state.zero != 0 {
+            descriptor |= ZERO;
+        }
+        Self { descriptor, bitmap }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXT: Geometry = Geometry { version: 3, cluster_bits: 16, extended_l2: true, refcount_order: 4 };
+    const STD: Geometry = Geometry { version: 3, cluster_bits: 16, extended_l2: false, refcount_order: 4 };
+
+    #[test]
+    fn every_malformed_entry_has_its_name() {
+        let ext = |descriptor, bitmap| L2Entry { descriptor, bitmap }.decode(EXT);
+        assert_eq!(ext(COPIED | 0x50200, 1), Err(CorruptionKind::ClusterUnaligned));
+        assert_eq!(ext(COPIED | 0x50000, 0x1_0000_0001), Err(CorruptionKind::SubclusterAllocAndZero));
+        assert_eq!(ext(0, 1), Err(CorruptionKind::SubclusterWithoutCluster));
+        assert_eq!(ext(COPIED, 0), Err(CorruptionKind::CopiedWithoutCluster));
+        assert_eq!(ext(COPIED | 0x50002, 1), Err(CorruptionKind::L2EntryReservedBits));
+        assert_eq!(ext(COPIED | COMPRESSED | 0x50000, 0), Err(CorruptionKind::CompressedCopied));
+        let v2 = Geometry { version: 2, ..STD };
+        assert_eq!(L2Entry { descriptor: 1, bitmap: 0 }.decode(v2), Err(CorruptionKind::ZeroFlagInV2));
+        assert_eq!(decode_l1(0x50200, STD), Err(CorruptionKind::L2TableUnaligned));
+        assert_eq!(decode_l1(0x50001, STD), Err(CorruptionKind::L1EntryReservedBits));
+    }
+
+    #[test]
+    fn bit_0_of_an_extended_descriptor_is_ignored() {
+        let state = L2Entry { descriptor: COPIED | 0x50001, bitmap: 1 }.decode(EXT).unwrap();
+        assert_eq!(state, L2Entry { descriptor: COPIED | 0x50000, bitmap: 1 }.decode(EXT).unwrap());
+    }
+
+    #[test]
+    fn compressed_descriptor_splits_at_x() {
+        // x = 62 - (16 - 8) = 54: three sectors at 0x50040b.
+        let state = L2Entry { descriptor: COMPRESSED | 2 << 54 | 0x50040b, bitmap: 7 }.decode(EXT).unwrap();
+        let extent = CompressedExtent { offset: HostOffset(0x50040b), length_bytes: 3 * 512 - 0x0b };
+        assert_eq!(state.host, Host::Compressed(extent));
+        assert_eq!((state.alloc, state.zero), (0, 0));
+    }
+
+    #[test]
+    fn states_survive_encoding() {
+        let cluster = HostCluster(5);
+        for (geometry, alloc, zero) in [(EXT, 0xff, 0xff00), (EXT, 0, u32::MAX), (STD, 1, 0), (STD, 0, 1)] {
+            for copied in [false, true] {
+                let state = ClusterState { host: Host::Cluster { cluster, copied }, alloc, zero };
+                assert_eq!(L2Entry::encode(state, geometry).decode(geometry), Ok(state));
+            }
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! PURE: bytes <-> values. Every on-disk structure is declared once, here. Knows nothing of I/O.
+
+pub mod geometry;
+pub mod l2;
+pub mod refcount;
+pub mod units;
+
+pub use geometry::Geometry;
+pub use l2::{ClusterState, Host, L2Entry};
+pub use units::{GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, SliceIndex};

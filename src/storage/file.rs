@@ -1,0 +1,137 @@
+//! A file or block device of the host.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use super::{Identity, IoDst, IoSrc, Storage};
+
+/// Most pieces that one system call takes (IOV_MAX of Linux).
+const PIECES_PER_CALL: usize = 1024;
+
+/// An open file.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+}
+
+impl FileStorage {
+    /// Takes over an open file descriptor.
+    pub fn new(file: File) -> Self {
+        Self { file }
+    }
+
+    /// The descriptor, for drivers that submit I/O themselves.
+    pub fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+impl From<OwnedFd> for FileStorage {
+    fn from(fd: OwnedFd) -> Self {
+        Self { file: File::from(fd) }
+    }
+}
+
+/// Result of a system call, or its error; `None` where it was interrupted and is to be repeated.
+fn outcome(n: libc::ssize_t) -> io::Result<Option<usize>> {
+    if n >= 0 {
+        return Ok(Some(n as usize));
+    }
+    let error = io::Error::last_os_error();
+    if error.kind() == io::ErrorKind::Interrupted { Ok(None) } else { Err(error) }
+}
+
+fn signed(offset: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
+}
+
+/// Repeats `call(pieces, offset)` until all pieces are done or it returns 0; returns the bytes done.
+/// `$piece` is the type of the pieces; both have the layout of `struct iovec`.
+macro_rules! transfer {
+    ($pieces:expr, $offset:expr, $one:expr, $many:expr) => {{
+        let mut at = $offset;
+        let mut index = 0; // first piece not done
+        let mut within = 0; // bytes of it that are done
+        let mut done = 0usize;
+        while index < $pieces.len() {
+            let piece = $pieces[index];
+            if within == piece.len() {
+                index += 1;
+                within = 0;
+                continue;
+            }
+            let n = if within > 0 || index + 1 == $pieces.len() {
+                outcome($one(piece.slice(within, piece.len() - within), signed(at)?))?
+            } else {
+                let last = $pieces.len().min(index + PIECES_PER_CALL);
+                outcome($many(&$pieces[index..last], signed(at)?))?
+            };
+            let Some(mut n) = n else { continue };
+            if n == 0 {
+                break;
+            }
+            at += n as u64;
+            done += n;
+            while n > 0 {
+                let step = n.min($pieces[index].len() - within);
+                n -= step;
+                within += step;
+                if within == $pieces[index].len() {
+                    index += 1;
+                    within = 0;
+                }
+            }
+        }
+        done
+    }};
+}
+
+impl Storage for FileStorage {
+    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
+        let fd = self.fd();
+        // SAFETY: the pieces' makers promised valid memory; IoDst has the layout of struct iovec.
+        let one = |p: IoDst<'_>, at| unsafe { libc::pread(fd, p.base().cast(), p.len(), at) };
+        // SAFETY: as above; the list has at most IOV_MAX pieces.
+        let many = |p: &[IoDst<'_>], at| unsafe { libc::preadv(fd, p.as_ptr().cast(), p.len() as libc::c_int, at) };
+        Ok(transfer!(pieces, offset, one, many))
+    }
+
+    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
+        let fd = self.fd();
+        // SAFETY: the pieces' makers promised valid memory; IoSrc has the layout of struct iovec.
+        let one = |p: IoSrc<'_>, at| unsafe { libc::pwrite(fd, p.base().cast(), p.len(), at) };
+        // SAFETY: as above; the list has at most IOV_MAX pieces.
+        let many = |p: &[IoSrc<'_>], at| unsafe { libc::pwritev(fd, p.as_ptr().cast(), p.len() as libc::c_int, at) };
+        let done = transfer!(pieces, offset, one, many);
+        // A write that makes no progress without an error: the device has no room.
+        if (done as u64) < super::total_src(pieces) { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        let meta = self.file.metadata()?;
+        if meta.file_type().is_block_device() {
+            // SAFETY: lseek on an own descriptor; the position is used by nobody (all I/O is positioned).
+            let end = unsafe { libc::lseek(self.fd(), 0, libc::SEEK_END) };
+            return if end < 0 { Err(io::Error::last_os_error()) } else { Ok(end as u64) };
+        }
+        Ok(meta.len())
+    }
+
+    fn truncate(&self, size: u64) -> io::Result<()> {
+        self.file.set_len(size)
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.file.metadata().ok().map(|m| m.blocks() * 512)
+    }
+
+    fn identity(&self) -> Option<Identity> {
+        self.file.metadata().ok().map(|m| (m.dev(), m.ino()))
+    }
+}

@@ -1,0 +1,189 @@
+//! Where bytes live: a file, the caller's callbacks, memory, or a simulator. Knows nothing of qcow2.
+//!
+//! Two seams. [`Storage`] is one open file. [`Io`] is how a pipeline reaches it: the pipelines of `image/` are
+//! `async` and generic over `Io`, so the same code runs blocking ([`Blocking`], ready at the first poll), on a
+//! queue, or under a simulator that decides when and how each transfer completes.
+
+use std::future::Future;
+use std::io;
+use std::marker::PhantomData;
+
+pub mod file;
+pub mod memory;
+
+/// A piece of memory that a transfer writes into, laid out as `struct iovec`.
+///
+/// It is never turned into a Rust reference: it may be guest memory, which changes under us.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct IoDst<'a> {
+    raw: libc::iovec,
+    lives: PhantomData<&'a mut [u8]>,
+}
+
+/// A piece of memory that a transfer reads from, laid out as `struct iovec`. Never turned into a Rust reference.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct IoSrc<'a> {
+    raw: libc::iovec,
+    lives: PhantomData<&'a [u8]>,
+}
+
+// SAFETY: both are plain pointers to memory that their makers promised to keep valid; all access is by copying bytes.
+unsafe impl Send for IoDst<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for IoDst<'_> {}
+// SAFETY: as above.
+unsafe impl Send for IoSrc<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for IoSrc<'_> {}
+
+macro_rules! piece {
+    ($name:ident) => {
+        impl<'a> $name<'a> {
+            /// A piece from a pointer and a length.
+            ///
+            /// # Safety
+            /// `base` must stay valid for `len` bytes (for writing, if transfers write into it) as long as `'a`.
+            pub unsafe fn from_raw(base: *mut u8, len: usize) -> Self {
+                Self { raw: libc::iovec { iov_base: base.cast(), iov_len: len }, lives: PhantomData }
+            }
+
+            /// Length in bytes.
+            #[allow(clippy::len_without_is_empty)]
+            pub fn len(&self) -> usize {
+                self.raw.iov_len
+            }
+
+            /// First byte.
+            pub fn base(&self) -> *mut u8 {
+                self.raw.iov_base.cast()
+            }
+
+            /// The part `[from, from + len)`, which must lie inside.
+            pub fn slice(&self, from: usize, len: usize) -> Self {
+                assert!(from <= self.len() && len <= self.len() - from, "piece out of range");
+                // SAFETY: from <= len of the piece, so the pointer stays inside (or one past) the same memory.
+                let base = unsafe { self.raw.iov_base.cast::<u8>().add(from) };
+                Self { raw: libc::iovec { iov_base: base.cast(), iov_len: len }, lives: PhantomData }
+            }
+        }
+    };
+}
+piece!(IoDst);
+piece!(IoSrc);
+
+impl<'a> From<&'a mut [u8]> for IoDst<'a> {
+    fn from(bytes: &'a mut [u8]) -> Self {
+        Self { raw: libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }, lives: PhantomData }
+    }
+}
+
+impl<'a> From<&'a [u8]> for IoSrc<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self {
+            raw: libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() },
+            lives: PhantomData,
+        }
+    }
+}
+
+impl IoDst<'_> {
+    /// Fills the piece with zeroes.
+    pub fn fill_zero(&self) {
+        // SAFETY: the maker of the piece promised valid memory of that length.
+        unsafe { std::ptr::write_bytes(self.base(), 0, self.len()) }
+    }
+
+    /// Copies `bytes` to the start of the piece, which must be at least as long.
+    pub fn copy_from(&self, bytes: &[u8]) {
+        assert!(bytes.len() <= self.len(), "copy past the end of a piece");
+        // SAFETY: valid memory by the maker's promise, checked length; `copy` allows any overlap.
+        unsafe { std::ptr::copy(bytes.as_ptr(), self.base(), bytes.len()) }
+    }
+}
+
+impl IoSrc<'_> {
+    /// Copies the start of the piece to `bytes`, which must be at most as long.
+    pub fn copy_to(&self, bytes: &mut [u8]) {
+        assert!(bytes.len() <= self.len(), "copy past the end of a piece");
+        // SAFETY: valid memory by the maker's promise, checked length; `copy` allows any overlap.
+        unsafe { std::ptr::copy(self.base(), bytes.as_mut_ptr(), bytes.len()) }
+    }
+}
+
+/// Total length of a list of pieces (they are at most `IOV_MAX` pieces of memory that exists: no overflow).
+pub fn total_dst(pieces: &[IoDst<'_>]) -> u64 {
+    pieces.iter().map(|p| p.len() as u64).sum()
+}
+
+/// As [`total_dst`], for sources.
+pub fn total_src(pieces: &[IoSrc<'_>]) -> u64 {
+    pieces.iter().map(|p| p.len() as u64).sum()
+}
+
+/// Who a storage is, so that a backing chain that comes back to a file is noticed: device and inode.
+pub type Identity = (u64, u64);
+
+/// One open file, or what plays its part. Called from any number of threads at once.
+///
+/// Implementations retry interrupted calls and finish short ones themselves.
+pub trait Storage: Send + Sync {
+    /// Reads from `offset` until the pieces are full or the storage ends; returns the bytes read.
+    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize>;
+
+    /// Writes all pieces at `offset`, growing the storage if need be.
+    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()>;
+
+    /// Makes everything durable that was written before the call.
+    fn flush(&self) -> io::Result<()>;
+
+    /// Size in bytes.
+    fn size(&self) -> io::Result<u64>;
+
+    /// Sets the size; new bytes read as zero.
+    fn truncate(&self, size: u64) -> io::Result<()>;
+
+    /// Bytes that the storage occupies, where that is known.
+    fn allocated_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Who this is, where that is known.
+    fn identity(&self) -> Option<Identity> {
+        None
+    }
+}
+
+/// How a pipeline reaches a storage. See the module text.
+pub trait Io: Sync {
+    /// As [`Storage::read`].
+    fn read(&self, on: &dyn Storage, pieces: &[IoDst<'_>], offset: u64) -> impl Future<Output = io::Result<usize>>;
+
+    /// As [`Storage::write`].
+    fn write(&self, on: &dyn Storage, pieces: &[IoSrc<'_>], offset: u64) -> impl Future<Output = io::Result<()>>;
+
+    /// As [`Storage::flush`].
+    fn flush(&self, on: &dyn Storage) -> impl Future<Output = io::Result<()>>;
+}
+
+/// Inline I/O in the calling thread: every future is ready at its first poll.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Blocking;
+
+impl Io for Blocking {
+    #[inline]
+    async fn read(&self, on: &dyn Storage, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
+        on.read(pieces, offset)
+    }
+
+    #[inline]
+    async fn write(&self, on: &dyn Storage, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
+        on.write(pieces, offset)
+    }
+
+    #[inline]
+    async fn flush(&self, on: &dyn Storage) -> io::Result<()> {
+        on.flush()
+    }
+}
