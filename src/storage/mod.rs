@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 
 pub mod file;
 pub mod memory;
+pub mod sim;
 
 /// A piece of memory that a transfer writes into, laid out as `struct iovec`.
 ///

@@ -1,0 +1,175 @@
+//! Which disks a crash may leave behind.
+
+use super::Rng;
+use super::disk::{DiskImage, Effect, SECTOR_BYTES, SimDisk, What};
+
+/// Up to this many effects, all subsets of them are tried.
+const EXHAUSTIVE: usize = 6;
+
+/// How many crash states of one moment are looked at, beyond "all", "none" and the newest effects.
+#[derive(Debug, Clone, Copy)]
+pub struct CrashBudget {
+    /// Effects that are tried alone and missing (the newest ones first, then random ones).
+    pub singles: usize,
+    /// Random subsets of whole effects, and as many random subsets of sectors.
+    pub random: usize,
+}
+
+impl Default for CrashBudget {
+    fn default() -> Self {
+        Self { singles: 12, random: 8 }
+    }
+}
+
+/// The part of the effects that a crash kept: one flag for each sector of each write, one for each truncate.
+struct Kept {
+    flags: Vec<bool>,
+    /// First flag of each effect, and the end.
+    starts: Vec<usize>,
+}
+
+impl Kept {
+    fn new(log: &[Effect]) -> Self {
+        let mut starts = vec![0];
+        for effect in log {
+            let units = match &effect.what {
+                What::Write { gone, .. } => gone.len(),
+                What::Truncate { .. } => 1,
+            };
+            starts.push(starts[starts.len() - 1] + units);
+        }
+        Self { flags: vec![false; starts[starts.len() - 1]], starts }
+    }
+
+    fn fill(&mut self, keep: bool) {
+        self.flags.fill(keep);
+    }
+
+    fn set(&mut self, effect: usize, keep: bool) {
+        self.flags[self.starts[effect]..self.starts[effect + 1]].fill(keep);
+    }
+}
+
+/// Builds one crash state after another in place, going back to the durable contents in between.
+struct Builder<'a> {
+    durable: &'a DiskImage,
+    log: &'a [Effect],
+    image: DiskImage,
+    touched: Vec<usize>,
+    truncated: bool,
+}
+
+impl Builder<'_> {
+    fn build(&mut self, kept: &Kept) -> &DiskImage {
+        self.reset();
+        for (index, effect) in self.log.iter().enumerate() {
+            let start = kept.starts[index];
+            match &effect.what {
+                What::Truncate { size } if kept.flags[start] => {
+                    self.truncated = true;
+                    self.image.truncate(*size);
+                }
+                What::Truncate { .. } => {}
+                What::Write { first_sector, content, end, gone } => {
+                    for (i, sector) in content.chunks(SECTOR_BYTES).enumerate() {
+                        if kept.flags[start + i] && !gone[i] {
+                            self.image.put_sector(first_sector + i, sector, *end);
+                            self.touched.push(first_sector + i);
+                        }
+                    }
+                }
+            }
+        }
+        &self.image
+    }
+
+    fn reset(&mut self) {
+        if std::mem::take(&mut self.truncated) {
+            self.image.clone_from(self.durable);
+            self.touched.clear();
+            return;
+        }
+        self.image.bytes.truncate(self.durable.bytes.len());
+        self.image.size = self.durable.size;
+        for sector in self.touched.drain(..) {
+            let at = sector * SECTOR_BYTES;
+            if let Some(old) = self.durable.bytes.get(at..at + SECTOR_BYTES) {
+                self.image.bytes[at..at + SECTOR_BYTES].copy_from_slice(old);
+            }
+        }
+    }
+}
+
+impl SimDisk {
+    /// Shows `judge` disks that a crash at this moment may leave behind: all effects, none, each alone, each missing,
+    /// all subsets of up to 6, random subsets, and writes torn between sectors. Returns how many. `judge` must not
+    /// use this disk.
+    pub fn crash_states(&self, rng: &mut Rng, budget: CrashBudget, mut judge: impl FnMut(&DiskImage)) -> u64 {
+        let state = self.lock();
+        let log = &state.log[..];
+        let mut builder = Builder {
+            durable: &state.durable,
+            log,
+            image: state.durable.clone(),
+            touched: Vec::new(),
+            truncated: false,
+        };
+        let mut kept = Kept::new(log);
+        let mut count = 0;
+        let mut show = |kept: &Kept| {
+            judge(builder.build(kept));
+            count += 1;
+        };
+        show(&kept);
+        if log.is_empty() {
+            return count;
+        }
+        kept.fill(true);
+        show(&kept);
+        if log.len() <= EXHAUSTIVE {
+            for subset in 1..(1u32 << log.len()) - 1 {
+                (0..log.len()).for_each(|effect| kept.set(effect, subset >> effect & 1 == 1));
+                show(&kept);
+            }
+        } else {
+            for n in 0..log.len().min(budget.singles) {
+                let effect = if n < 2 { log.len() - 1 - n } else { rng.below(log.len() as u64) as usize };
+                for alone in [false, true] {
+                    kept.fill(!alone);
+                    kept.set(effect, alone);
+                    show(&kept);
+                }
+            }
+            for _ in 0..budget.random {
+                let odds = 1 + rng.below(5); // of 6
+                (0..log.len()).for_each(|effect| kept.set(effect, rng.below(6) < odds));
+                show(&kept);
+            }
+        }
+        if kept.flags.len() > log.len() {
+            torn(rng, budget, &mut kept, &mut show);
+        }
+        count
+    }
+}
+
+/// States in which writes are torn between sectors: the newest one cut at a random place, and random sectors of all.
+fn torn(rng: &mut Rng, budget: CrashBudget, kept: &mut Kept, show: &mut impl FnMut(&Kept)) {
+    let newest = kept.starts[kept.starts.len() - 2]..kept.flags.len();
+    if newest.len() > 1 {
+        for others in [false, true] {
+            let cut = newest.start + 1 + rng.below(newest.len() as u64 - 1) as usize;
+            kept.fill(others);
+            kept.flags[newest.start..cut].fill(true);
+            kept.flags[cut..].fill(false);
+            show(kept);
+            kept.flags[newest.clone()].iter_mut().for_each(|keep| *keep = !*keep);
+            show(kept);
+        }
+    }
+    for _ in 0..budget.random {
+        let odds = 1 + rng.below(9); // of 10
+        kept.flags.iter_mut().for_each(|keep| *keep = rng.below(10) < odds);
+        show(kept);
+    }
+}
