@@ -17,6 +17,7 @@
 
 pub mod error;
 pub mod format;
+pub mod image;
 pub mod plan;
 pub mod storage;
 

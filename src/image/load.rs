@@ -1,0 +1,34 @@
+//! Reading the header of an image.
+
+use crate::error::{Error, IoOp, Result};
+use crate::format::Header;
+use crate::format::header::first_cluster_bytes;
+use crate::storage::{Io, IoDst, Storage};
+
+/// What is read first: the fields that tell how long the first cluster is lie in here, whatever its size.
+const FIRST_READ_BYTES: usize = 512;
+
+/// Reads and checks the header. What the image needs ([`Header::check_supported`]) and where its tables lie
+/// ([`Header::check_placement`]) are the caller's to check: an inspection shows images that cannot be used.
+pub async fn load_header<I: Io>(io: &I, storage: &dyn Storage) -> Result<Header> {
+    let mut bytes = vec![0; FIRST_READ_BYTES];
+    read_up_to(io, storage, &mut bytes, 0).await?;
+    // At most 2 MiB: the size has been checked.
+    let cluster = first_cluster_bytes(&bytes)? as usize;
+    if bytes.len() == FIRST_READ_BYTES && cluster > FIRST_READ_BYTES {
+        let mut rest = vec![0; cluster - FIRST_READ_BYTES];
+        read_up_to(io, storage, &mut rest, FIRST_READ_BYTES).await?;
+        bytes.extend_from_slice(&rest);
+    }
+    Header::parse(&bytes)
+}
+
+/// Reads to the end of `bytes` or of the storage, and cuts `bytes` there.
+async fn read_up_to<I: Io>(io: &I, storage: &dyn Storage, bytes: &mut Vec<u8>, offset: usize) -> Result<()> {
+    let done = io
+        .read(storage, &[IoDst::from(bytes.as_mut_slice())], offset as u64)
+        .await
+        .map_err(|e| Error::io(IoOp::Read, offset as u64, &e))?;
+    bytes.truncate(done);
+    Ok(())
+}

@@ -1,0 +1,575 @@
+//! What a caller can say about opening and creating an image, as typed values and by key.
+//!
+//! The keys are those of `qemu-img create -o` where such a key exists. Setting an option checks its value alone; what
+//! does not go together is refused by the call that uses the options.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::format::header::BACKING_NAME_MAX;
+use crate::format::{Compression, Geometry};
+use crate::storage::Storage;
+
+/// How important a log line is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(i32)]
+pub enum LogLevel {
+    /// Something failed.
+    Error = 1,
+    /// Something is not as it should be.
+    Warning = 2,
+    /// Worth knowing.
+    Info = 3,
+}
+
+/// Receives log lines; called from any thread.
+pub type Logger = Arc<dyn Fn(LogLevel, &str) + Send + Sync>;
+
+/// Format of a backing file. Always declared, never guessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackingFormat {
+    /// qcow2.
+    Qcow2,
+    /// Raw bytes.
+    Raw,
+}
+
+impl BackingFormat {
+    /// The format of that name, if it is one that this library opens.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "qcow2" => Some(Self::Qcow2),
+            "raw" => Some(Self::Raw),
+            _ => None,
+        }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+/// Finds backing files for the library, so that the caller decides what a name in an image may reach.
+pub trait Resolver: Send + Sync {
+    /// Opens the backing file that an image at `depth` (0: the image that was opened) names.
+    fn resolve(&self, name: &str, format: BackingFormat, depth: u32) -> Result<Arc<dyn Storage>>;
+}
+
+/// Which backing files the library may open by itself, by the names that images give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BackingPolicy {
+    /// None.
+    #[default]
+    Deny,
+    /// Relative names that stay below the folder of the image that names them.
+    Relative,
+    /// Any path.
+    Any,
+}
+
+/// What to do about a backing file whose format the image does not declare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MissingFormat {
+    /// Refuse the open.
+    #[default]
+    Refuse,
+    /// Take it as raw.
+    Raw,
+}
+
+/// How to open an image.
+#[derive(Clone)]
+pub struct OpenOptions {
+    /// Take no writes.
+    pub read_only: bool,
+    /// Read-only, never open what the image refers to, give no access to data.
+    pub inspect: bool,
+    /// Backing files that the library may open by name.
+    pub backing: BackingPolicy,
+    /// Backing files without a declared format.
+    pub backing_fmt_missing: MissingFormat,
+    /// Most backing files under the image.
+    pub backing_depth_max: u32,
+    /// Bytes of L2 tables kept in memory.
+    pub l2_cache_size: u64,
+    /// Bytes of refcount blocks kept in memory.
+    pub refcount_cache_size: u64,
+    /// Backing files given by the caller, nearest first.
+    pub backing_storages: Vec<Arc<dyn Storage>>,
+    /// Asked for every backing file that `backing_storages` does not give.
+    pub resolver: Option<Arc<dyn Resolver>>,
+    /// Receives log lines.
+    pub log: Option<Logger>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            inspect: false,
+            backing: BackingPolicy::default(),
+            backing_fmt_missing: MissingFormat::default(),
+            backing_depth_max: 200,
+            l2_cache_size: 32 << 20,
+            refcount_cache_size: 8 << 20,
+            backing_storages: Vec::new(),
+            resolver: None,
+            log: None,
+        }
+    }
+}
+
+// By hand: storages, resolver and log have no text of their own.
+impl fmt::Debug for OpenOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenOptions")
+            .field("read_only", &self.read_only)
+            .field("inspect", &self.inspect)
+            .field("backing", &self.backing)
+            .field("backing_fmt_missing", &self.backing_fmt_missing)
+            .field("backing_depth_max", &self.backing_depth_max)
+            .field("l2_cache_size", &self.l2_cache_size)
+            .field("refcount_cache_size", &self.refcount_cache_size)
+            .field("backing_storages", &self.backing_storages.len())
+            .field("resolver", &self.resolver.is_some())
+            .field("log", &self.log.is_some())
+            .finish()
+    }
+}
+
+impl OpenOptions {
+    /// Sets an option by its key.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
+        match key {
+            "read_only" => self.read_only = parse_bool(key, value)?,
+            "inspect" => self.inspect = parse_bool(key, value)?,
+            "backing" => {
+                self.backing = match value {
+                    "none" => BackingPolicy::Deny,
+                    "relative" => BackingPolicy::Relative,
+                    "any" => BackingPolicy::Any,
+                    _ => return not_acceptable(key, value, "none, relative or any"),
+                }
+            }
+            "backing_fmt_missing" => {
+                self.backing_fmt_missing = match value {
+                    "refuse" => MissingFormat::Refuse,
+                    "raw" => MissingFormat::Raw,
+                    _ => return not_acceptable(key, value, "refuse or raw"),
+                }
+            }
+            "backing_depth_max" => {
+                self.backing_depth_max = match value.parse() {
+                    Ok(depth) if depth <= DEPTH_MAX => depth,
+                    _ => return not_acceptable(key, value, "a number of files from 0 to 1000"),
+                }
+            }
+            "l2_cache_size" => self.l2_cache_size = parse_cache_size(key, value)?,
+            "refcount_cache_size" => self.refcount_cache_size = parse_cache_size(key, value)?,
+            _ => return unknown(key, |o| o.open),
+        }
+        Ok(())
+    }
+}
+
+/// Deepest chain that can be asked for: opening goes down the chain recursively.
+const DEPTH_MAX: u32 = 1000;
+
+/// Version of the format, under the names that `qemu-img` has for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compat {
+    /// Version 2 (0.10).
+    V2,
+    /// Version 3 (1.1).
+    #[default]
+    V3,
+}
+
+/// How much of a new image is allocated when it is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Preallocation {
+    /// Nothing but what an empty image needs.
+    #[default]
+    Off,
+}
+
+/// How to create an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Cluster size in bytes, a power of two from 512 to 2 MiB.
+    pub cluster_size_bytes: u64,
+    /// Extended L2 entries: 32 subclusters in each cluster.
+    pub extended_l2: bool,
+    /// Width of refcounts: 1, 2, 4, 8, 16, 32 or 64.
+    pub refcount_bits: u32,
+    /// Version of the format.
+    pub compat: Compat,
+    /// Refcounts may be written late.
+    pub lazy_refcounts: bool,
+    /// Name of the backing file, stored as it is. The file is not opened.
+    pub backing_file: Option<String>,
+    /// Format of the backing file; has to be given with it.
+    pub backing_fmt: Option<BackingFormat>,
+    /// Method of compressed clusters.
+    pub compression_type: Compression,
+    /// What to allocate ahead.
+    pub preallocation: Preallocation,
+}
+
+impl Default for CreateOptions {
+    fn default() -> Self {
+        Self {
+            cluster_size_bytes: 64 << 10,
+            extended_l2: false,
+            refcount_bits: 16,
+            compat: Compat::default(),
+            lazy_refcounts: false,
+            backing_file: None,
+            backing_fmt: None,
+            compression_type: Compression::default(),
+            preallocation: Preallocation::default(),
+        }
+    }
+}
+
+impl CreateOptions {
+    /// Sets an option by its key.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
+        match key {
+            "cluster_size" => match parse_size(value).filter(|&size| is_cluster_size(size)) {
+                Some(size) => self.cluster_size_bytes = size,
+                None => return not_acceptable(key, value, CLUSTER_SIZE),
+            },
+            "extended_l2" => self.extended_l2 = parse_bool(key, value)?,
+            "refcount_bits" => match value.parse() {
+                Ok(bits) if is_refcount_width(bits) => self.refcount_bits = bits,
+                _ => return not_acceptable(key, value, REFCOUNT_BITS),
+            },
+            "compat" => {
+                self.compat = match value {
+                    "0.10" | "v2" => Compat::V2,
+                    "1.1" | "v3" => Compat::V3,
+                    _ => return not_acceptable(key, value, "0.10 (or v2), or 1.1 (or v3)"),
+                }
+            }
+            "lazy_refcounts" => self.lazy_refcounts = parse_bool(key, value)?,
+            "backing_file" => {
+                check_backing_name(value)?;
+                self.backing_file = Some(value.to_owned());
+            }
+            "backing_fmt" => match BackingFormat::from_name(value) {
+                Some(format) => self.backing_fmt = Some(format),
+                None => return not_acceptable(key, value, "qcow2 or raw"),
+            },
+            "compression_type" => {
+                self.compression_type = match value {
+                    "zlib" => Compression::Zlib,
+                    "zstd" => Compression::Zstd,
+                    _ => return not_acceptable(key, value, "zlib or zstd"),
+                }
+            }
+            "preallocation" => match value {
+                "off" => self.preallocation = Preallocation::Off,
+                "metadata" | "falloc" | "full" => {
+                    return Err(Error::Unsupported {
+                        feature: format!("preallocation={value}; use preallocation=off"),
+                    });
+                }
+                _ => return not_acceptable(key, value, "off (metadata, falloc and full are not supported yet)"),
+            },
+            _ => return unknown(key, |o| o.create),
+        }
+        Ok(())
+    }
+
+    /// Checks each option and that they go together, and gives the geometry that they ask for.
+    pub fn geometry(&self) -> Result<Geometry> {
+        let (size, bits) = (self.cluster_size_bytes, self.refcount_bits);
+        if !is_cluster_size(size) {
+            return not_acceptable("cluster_size", &size.to_string(), CLUSTER_SIZE);
+        }
+        if !is_refcount_width(bits) {
+            return not_acceptable("refcount_bits", &bits.to_string(), REFCOUNT_BITS);
+        }
+        if self.extended_l2 && size < EXTENDED_L2_CLUSTER_SIZE_MIN {
+            return not_acceptable("cluster_size", &size.to_string(), "at least 16384 with extended_l2=on");
+        }
+        if self.compat == Compat::V2 {
+            let needs_v3 = |key, value: &str, expected: &str| {
+                not_acceptable(key, value, &format!("{expected} with compat=0.10; use compat=1.1"))
+            };
+            if self.extended_l2 {
+                return needs_v3("extended_l2", "on", "off");
+            }
+            if self.lazy_refcounts {
+                return needs_v3("lazy_refcounts", "on", "off");
+            }
+            if bits != 16 {
+                return needs_v3("refcount_bits", &bits.to_string(), "16");
+            }
+            if self.compression_type != Compression::Zlib {
+                return needs_v3("compression_type", "zstd", "zlib");
+            }
+        }
+        self.check_backing()?;
+        Ok(Geometry {
+            version: if self.compat == Compat::V2 { 2 } else { 3 },
+            cluster_bits: size.trailing_zeros(),
+            extended_l2: self.extended_l2,
+            refcount_order: bits.trailing_zeros(),
+        })
+    }
+
+    fn check_backing(&self) -> Result<()> {
+        match (&self.backing_file, self.backing_fmt) {
+            (None, None) => Ok(()),
+            (Some(name), Some(_)) => check_backing_name(name),
+            (Some(_), None) => not_acceptable(
+                "backing_fmt",
+                "",
+                "qcow2 or raw, as backing_file is set: the format of a backing file is never guessed",
+            ),
+            (None, Some(format)) => not_acceptable("backing_fmt", format.name(), "backing_file to be set with it"),
+        }
+    }
+}
+
+const CLUSTER_SIZE: &str = "a power of two from 512 to 2M";
+const REFCOUNT_BITS: &str = "1, 2, 4, 8, 16, 32 or 64";
+const EXTENDED_L2_CLUSTER_SIZE_MIN: u64 = 16 << 10;
+
+fn is_cluster_size(size: u64) -> bool {
+    size.is_power_of_two() && (512..=2 << 20).contains(&size)
+}
+
+fn is_refcount_width(bits: u32) -> bool {
+    bits.is_power_of_two() && bits <= 64
+}
+
+/// The rules that a stored name has to keep so that every reader sees the same one.
+fn check_backing_name(name: &str) -> Result<()> {
+    if name.is_empty() || name.len() > BACKING_NAME_MAX {
+        return not_acceptable("backing_file", name, "a name of 1 to 1023 bytes");
+    }
+    if name.chars().any(char::is_control) {
+        return not_acceptable("backing_file", &name.escape_debug().to_string(), "a name without control characters");
+    }
+    Ok(())
+}
+
+/// The kinds of option values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OptionKind {
+    /// on, off, true or false.
+    Bool,
+    /// A number of bytes, with an optional suffix k, M, G or T.
+    Size,
+    /// A number.
+    Number,
+    /// Any text.
+    Text,
+    /// One of a list.
+    Choice(&'static [&'static str]),
+}
+
+/// Description of one option.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OptionInfo {
+    /// The key.
+    pub key: &'static str,
+    /// Kind of its value.
+    pub kind: OptionKind,
+    /// Value if it is not set; empty where that means "not set".
+    pub default: &'static str,
+    /// Used when an image is opened.
+    pub open: bool,
+    /// Used when an image is created.
+    pub create: bool,
+    /// What it does, in one line.
+    pub help: &'static str,
+}
+
+const fn for_open(key: &'static str, kind: OptionKind, default: &'static str, help: &'static str) -> OptionInfo {
+    OptionInfo { key, kind, default, open: true, create: false, help }
+}
+
+const fn for_create(key: &'static str, kind: OptionKind, default: &'static str, help: &'static str) -> OptionInfo {
+    OptionInfo { key, kind, default, open: false, create: true, help }
+}
+
+/// All options that can be set by key.
+#[rustfmt::skip]
+pub const OPTIONS: &[OptionInfo] = &[
+    for_open("read_only", OptionKind::Bool, "off", "take no writes"),
+    for_open("inspect", OptionKind::Bool, "off", "read-only, without opening backing files and without access to data"),
+    for_open("backing", OptionKind::Choice(&["none", "relative", "any"]), "none",
+        "backing files to open by name: none, names relative to the image's folder, any path"),
+    for_open("backing_fmt_missing", OptionKind::Choice(&["refuse", "raw"]), "refuse",
+        "what to do about a backing file without a declared format"),
+    for_open("backing_depth_max", OptionKind::Number, "200", "most backing files under the image"),
+    for_open("l2_cache_size", OptionKind::Size, "32M", "memory for L2 tables"),
+    for_open("refcount_cache_size", OptionKind::Size, "8M", "memory for refcount blocks"),
+    for_create("cluster_size", OptionKind::Size, "64k", "cluster size, a power of two from 512 to 2M"),
+    for_create("extended_l2", OptionKind::Bool, "off", "32 subclusters per cluster (clusters of 16k and more)"),
+    for_create("refcount_bits", OptionKind::Choice(&["1", "2", "4", "8", "16", "32", "64"]), "16", "width of refcounts"),
+    for_create("compat", OptionKind::Choice(&["0.10", "1.1", "v2", "v3"]), "1.1",
+        "version of the format: 0.10 (v2) or 1.1 (v3)"),
+    for_create("lazy_refcounts", OptionKind::Bool, "off", "write refcounts late, at the price of a repair after a crash"),
+    for_create("backing_file", OptionKind::Text, "", "name of the backing file, stored as given"),
+    for_create("backing_fmt", OptionKind::Choice(&["qcow2", "raw"]), "", "format of the backing file; needed with backing_file"),
+    for_create("compression_type", OptionKind::Choice(&["zlib", "zstd"]), "zlib", "method of compressed clusters"),
+    for_create("preallocation", OptionKind::Choice(&["off"]), "off", "what to allocate ahead"),
+];
+
+fn not_acceptable<T>(key: &str, value: &str, expected: &str) -> Result<T> {
+    Err(Error::OptionValue { key: key.into(), value: value.into(), expected: expected.into() })
+}
+
+/// An option that exists for the other call is told apart from one that does not exist at all.
+fn unknown(key: &str, here: impl Fn(&OptionInfo) -> bool) -> Result<()> {
+    match OPTIONS.iter().find(|o| o.key == key) {
+        Some(o) if !here(o) && o.create => {
+            Err(Error::UnknownOption { key: format!("{key} (it is for creating images)") })
+        }
+        Some(o) if !here(o) => Err(Error::UnknownOption { key: format!("{key} (it is for opening images)") }),
+        _ => Err(Error::UnknownOption { key: key.into() }),
+    }
+}
+
+fn parse_bool(key: &str, value: &str) -> Result<bool> {
+    match value {
+        "on" | "true" => Ok(true),
+        "off" | "false" => Ok(false),
+        _ => not_acceptable(key, value, "on, off, true or false"),
+    }
+}
+
+/// A number of bytes with an optional suffix of binary multiples, without sign or fraction.
+pub fn parse_size(value: &str) -> Option<u64> {
+    let (digits, shift) = match value.as_bytes().last()? {
+        b'k' | b'K' => (&value[..value.len() - 1], 10),
+        b'M' => (&value[..value.len() - 1], 20),
+        b'G' => (&value[..value.len() - 1], 30),
+        b'T' => (&value[..value.len() - 1], 40),
+        _ => (value, 0),
+    };
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+fn parse_cache_size(key: &str, value: &str) -> Result<u64> {
+    match parse_size(value) {
+        Some(size) if size <= CACHE_SIZE_MAX => Ok(size),
+        _ => not_acceptable(key, value, "a number of bytes up to 1T, with an optional suffix k, M, G or T"),
+    }
+}
+
+const CACHE_SIZE_MAX: u64 = 1 << 40;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values that each option of the table takes, and some that none takes.
+    fn examples(info: &OptionInfo) -> Vec<&'static str> {
+        match info.kind {
+            OptionKind::Bool => vec!["on", "off", "true", "false"],
+            OptionKind::Size => vec!["64k", "65536", "1M"],
+            OptionKind::Number => vec!["0", "17"],
+            OptionKind::Text => vec!["base.qcow2"],
+            OptionKind::Choice(list) => list.to_vec(),
+        }
+    }
+
+    #[test]
+    fn the_table_describes_what_the_setters_do() {
+        for info in OPTIONS {
+            let mut values = examples(info);
+            values.extend((!info.default.is_empty()).then_some(info.default));
+            for value in values {
+                let (open, create) =
+                    (OpenOptions::default().set(info.key, value), CreateOptions::default().set(info.key, value));
+                assert_eq!((open.is_ok(), create.is_ok()), (info.open, info.create), "{}={value}", info.key);
+            }
+            for value in ["", "maybe", "-1", "1.5", "64kk", "99999999999999999999", "18446744073709551615T", "ON"] {
+                if info.kind == OptionKind::Text && !value.is_empty() {
+                    continue;
+                }
+                let result = if info.open {
+                    OpenOptions::default().set(info.key, value)
+                } else {
+                    CreateOptions::default().set(info.key, value)
+                };
+                let Err(Error::OptionValue { key, value: named, .. }) = result else {
+                    panic!("{}={value}: {result:?}", info.key)
+                };
+                assert_eq!((key.as_str(), named.as_str()), (info.key, value));
+            }
+        }
+    }
+
+    #[test]
+    fn setting_the_default_changes_nothing() {
+        let (mut open, mut create) = (OpenOptions::default(), CreateOptions::default());
+        for info in OPTIONS.iter().filter(|o| !o.default.is_empty()) {
+            if info.open {
+                open.set(info.key, info.default).unwrap();
+            } else {
+                create.set(info.key, info.default).unwrap();
+            }
+        }
+        assert_eq!(format!("{open:?}"), format!("{:?}", OpenOptions::default()));
+        assert_eq!(create, CreateOptions::default());
+    }
+
+    #[test]
+    fn unknown_keys_are_named() {
+        let text = |r: Result<()>| r.unwrap_err().to_string();
+        assert_eq!(text(OpenOptions::default().set("readonly", "on")), "unknown option 'readonly'");
+        assert!(text(OpenOptions::default().set("cluster_size", "64k")).contains("cluster_size (it is for creating"));
+        assert!(text(CreateOptions::default().set("backing", "any")).contains("backing (it is for opening"));
+    }
+
+    #[test]
+    fn preallocation_is_refused_as_unsupported() {
+        for value in ["metadata", "falloc", "full"] {
+            let e = CreateOptions::default().set("preallocation", value).unwrap_err();
+            assert!(matches!(&e, Error::Unsupported { feature } if feature.contains(value)), "{e}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_named() {
+        let cases: [(&[(&str, &str)], &str); 8] = [
+            (&[("extended_l2", "on"), ("cluster_size", "8k")], "cluster_size"),
+            (&[("extended_l2", "on"), ("compat", "v2")], "extended_l2"),
+            (&[("lazy_refcounts", "on"), ("compat", "0.10")], "lazy_refcounts"),
+            (&[("refcount_bits", "8"), ("compat", "0.10")], "refcount_bits"),
+            (&[("compression_type", "zstd"), ("compat", "0.10")], "compression_type"),
+            (&[("backing_file", "b")], "backing_fmt"),
+            (&[("backing_fmt", "raw")], "backing_fmt"),
+            (&[], ""),
+        ];
+        for (settings, culprit) in cases {
+            let mut options = CreateOptions::default();
+            for (key, value) in settings {
+                options.set(key, value).unwrap();
+            }
+            match options.geometry() {
+                Err(Error::OptionValue { key, .. }) => assert_eq!(key, culprit),
+                other => assert!(culprit.is_empty() && other.is_ok(), "{settings:?}: {other:?}"),
+            }
+        }
+        let values = CreateOptions { cluster_size_bytes: 1000, ..Default::default() };
+        assert!(matches!(values.geometry(), Err(Error::OptionValue { key, .. }) if key == "cluster_size"));
+        let values = CreateOptions { refcount_bits: 3, ..Default::default() };
+        assert!(matches!(values.geometry(), Err(Error::OptionValue { key, .. }) if key == "refcount_bits"));
+    }
+}
