@@ -1,0 +1,75 @@
+//! QEMU's tools as a second opinion. Where they are missing, tests that need them say so loudly, and fail under CI.
+#![allow(dead_code)] // each test file uses its own part
+
+use std::path::PathBuf;
+use std::process::Command;
+
+/// A scratch directory that goes away with the value.
+pub struct Dir(PathBuf);
+
+impl Dir {
+    /// A scratch directory (in memory where the system has such a place).
+    pub fn new(name: &str) -> Self {
+        let shm = PathBuf::from("/dev/shm");
+        let root = if shm.is_dir() { shm } else { std::env::temp_dir() };
+        let dir = root.join(format!("libqcow2-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        Self(dir)
+    }
+
+    /// A path inside.
+    pub fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A scratch directory if qemu-img and qemu-io are there.
+pub fn dir(name: &str) -> Option<Dir> {
+    let there = |tool: &str| Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success());
+    if there("qemu-img") && there("qemu-io") {
+        return Some(Dir::new(name));
+    }
+    assert!(std::env::var_os("CI").is_none(), "qemu-img and qemu-io are needed under CI");
+    eprintln!("SKIPPED: {name} needs qemu-img and qemu-io");
+    None
+}
+
+/// Runs qemu-img; returns what it printed.
+#[track_caller]
+pub fn img(args: &[&str]) -> String {
+    let out = Command::new("qemu-img").args(args).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(out.status.success(), "qemu-img {args:?}: {text}{}", String::from_utf8_lossy(&out.stderr));
+    text
+}
+
+/// Runs qemu-io commands on a qcow2 image in one process.
+#[track_caller]
+pub fn io(path: &str, commands: &[&str]) -> String {
+    let mut command = Command::new("qemu-io");
+    command.args(["-f", "qcow2"]);
+    for c in commands {
+        command.args(["-c", c]);
+    }
+    let out = command.arg(path).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let failed = !out.status.success() || text.contains("failed") || text.contains("rror");
+    assert!(!failed, "qemu-io {commands:?}: {text}{}", String::from_utf8_lossy(&out.stderr));
+    text
+}
+
+/// `qemu-img check`: errors and leaks are both wrong unless `leaks_allowed`.
+#[track_caller]
+pub fn check(path: &str, leaks_allowed: bool) {
+    let out = Command::new("qemu-img").args(["check", "-f", "qcow2", path]).output().unwrap();
+    let code = out.status.code();
+    let ok = code == Some(0) || leaks_allowed && code == Some(3);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    assert!(ok, "qemu-img check {path} ends with {code:?}: {}", &text[..text.len().min(3000)]);
+}
