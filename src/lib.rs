@@ -20,5 +20,6 @@ pub mod format;
 pub mod image;
 pub mod plan;
 pub mod storage;
+pub mod wait;
 
 pub use error::{Error, Result};

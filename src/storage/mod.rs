@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 
 pub mod file;
 pub mod memory;
+pub mod pieces;
 pub mod sim;
 
 /// A piece of memory that a transfer writes into, laid out as `struct iovec`.
@@ -42,6 +43,10 @@ unsafe impl Sync for IoSrc<'_> {}
 macro_rules! piece {
     ($name:ident) => {
         impl<'a> $name<'a> {
+            /// A piece of no bytes.
+            pub const EMPTY: Self =
+                Self { raw: libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }, lives: PhantomData };
+
             /// A piece from a pointer and a length.
             ///
             /// # Safety
@@ -92,6 +97,9 @@ impl<'a> From<&'a [u8]> for IoSrc<'a> {
 impl IoDst<'_> {
     /// Fills the piece with zeroes.
     pub fn fill_zero(&self) {
+        if self.len() == 0 {
+            return;
+        }
         // SAFETY: the maker of the piece promised valid memory of that length.
         unsafe { std::ptr::write_bytes(self.base(), 0, self.len()) }
     }
