@@ -364,6 +364,9 @@ impl fmt::Display for IoOp {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Io { op: op @ (IoOp::Open | IoOp::Flush | IoOp::Size), errno, .. } => {
+                write!(f, "{op} failed: {}", std::io::Error::from_raw_os_error(*errno))
+            }
             Self::Io { op, offset, errno } => {
                 write!(f, "{op} at host offset 0x{offset:x} failed: {}", std::io::Error::from_raw_os_error(*errno))
             }

@@ -12,14 +12,18 @@
 //!   storage             copy + payload in one vectored write -> Written
 //!   tables link         Reservation + Written  -> the new entry becomes visible; the old cluster is freed later
 //! ```
-//! Imports run one way: `capi -> image -> {plan, codec, alloc} -> tables -> {format, storage}`; `plan -> format`.
+//! Imports run one way: `capi -> image -> {alloc, codec} -> tables -> {plan, storage}`; `plan -> format`.
 //! `error` and `wait` are leaves. `docs/design.md` is the long form of this page.
 
+pub mod alloc;
+pub mod codec;
 pub mod error;
 pub mod format;
 pub mod image;
 pub mod plan;
 pub mod storage;
+pub mod tables;
 pub mod wait;
 
 pub use error::{Error, Result};
+pub use image::{CreateOptions, Image, OpenOptions};

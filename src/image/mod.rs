@@ -1,13 +1,172 @@
 //! The handle: an open image, and what is done with it.
+//!
+//! Each operation exists twice: an `async fn ..._with(io, ...)`, which is the pipeline, generic over how I/O is done
+//! (queues, simulators), and a plain function that drives it in the calling thread with inline I/O.
 
+pub mod backing;
+pub mod chain;
 pub mod create;
+mod flush;
 pub mod info;
 pub mod load;
+pub mod map;
+mod open;
 pub mod options;
+mod own;
+mod read;
+pub mod status;
+pub mod write;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::alloc::Allocator;
+use crate::alloc::epoch::Pin;
+use crate::error::Result;
+use crate::format::{GuestOffset, Header};
+use crate::storage::{Blocking, IoDst, IoSrc, Storage};
+use crate::tables::Tables;
+use crate::wait::{Claims, block_on};
+
+use chain::{Chain, Content};
+use status::{CLOSED, CORRUPT, Counters, READ_ONLY, Status};
 
 pub use create::{create, create_with};
 pub use info::Info;
 pub use load::load_header;
+pub use map::{MapExtent, MapKind};
 pub use options::{
     BackingFormat, BackingPolicy, CreateOptions, LogLevel, Logger, MissingFormat, OpenOptions, Resolver,
 };
+pub use status::Stats;
+pub use write::WriteFlags;
+
+/// An open image. All calls take `&self` and may come from any number of threads at once.
+pub struct Image {
+    chain: Chain, // empty if the image was opened to be inspected
+    header: Header,
+    size_bytes: u64,
+    storage: Arc<dyn Storage>,
+    path: PathBuf,
+    allocator: Allocator,
+    cluster_claims: Claims, // guest clusters that an allocating write works on
+    table_claims: Claims,   // L1 entries whose L2 table is being made ours. Taken under a cluster claim, never before
+    header_claims: Claims,
+    status: Status,
+    counters: Counters,
+    log: Option<Logger>,
+}
+
+impl Image {
+    /// Opens the image in a file. Nothing is written to a file that is refused, or before the first write.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        block_on(Self::open_path_with(&Blocking, path, options))
+    }
+
+    /// Opens the image in a storage. Relative names of backing files lead nowhere then: see
+    /// [`OpenOptions::backing_storages`] and [`OpenOptions::resolver`].
+    pub fn open_storage(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
+        block_on(Self::open_with(&Blocking, storage, options))
+    }
+
+    /// Size of the guest disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// The header as it was when the image was opened.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The file that holds the image.
+    pub fn storage(&self) -> &dyn Storage {
+        &*self.storage
+    }
+
+    /// The path that the image was opened by; empty if it was not opened by path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads what the guest sees at `offset` into `pieces`.
+    #[inline]
+    pub fn read(&self, pieces: &[IoDst<'_>], offset: GuestOffset) -> Result<()> {
+        block_on(self.read_with(&Blocking, pieces, offset))
+    }
+
+    /// Writes `pieces` at `offset`. After an error, what the range holds is old or new, sector by sector.
+    #[inline]
+    pub fn write(&self, pieces: &[IoSrc<'_>], offset: GuestOffset, flags: WriteFlags) -> Result<()> {
+        block_on(self.write_with(&Blocking, pieces, offset, flags))
+    }
+
+    /// As [`Image::read`], into one buffer.
+    pub fn pread(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.read(&[IoDst::from(buffer)], GuestOffset(offset))
+    }
+
+    /// As [`Image::write`], from one buffer.
+    pub fn pwrite(&self, buffer: &[u8], offset: u64) -> Result<()> {
+        self.write(&[IoSrc::from(buffer)], GuestOffset(offset), WriteFlags::default())
+    }
+
+    /// Makes everything durable that was acknowledged before the call: data and what is needed to find it.
+    pub fn flush(&self) -> Result<()> {
+        block_on(self.flush_with(&Blocking))
+    }
+
+    /// What the range reads from: the extent that starts at `offset`, at most `length` long. Neighbouring extents may
+    /// be alike; joining them is the caller's.
+    pub fn map(&self, offset: GuestOffset, length: u64) -> Result<MapExtent> {
+        block_on(self.map_with(&Blocking, offset, length))
+    }
+
+    /// Flushes, gives back what can be given back, and ends all use of the handle. No other call may be under way.
+    /// Dropping an open image does the same and swallows the error.
+    pub fn close(&self) -> Result<()> {
+        block_on(self.close_with(&Blocking))
+    }
+
+    /// Facts about the image. Nothing that it refers to is opened for that.
+    pub fn info(&self) -> Info {
+        let size = self.storage.size().unwrap_or(0);
+        let mut info = Info::new(&self.header, size, self.storage.allocated_bytes());
+        info.corrupt |= self.status.any(CORRUPT);
+        info
+    }
+
+    /// What this handle has counted.
+    pub fn stats(&self) -> Stats {
+        self.counters.stats()
+    }
+
+    /// Ends all writing through this handle, metadata included.
+    pub fn poison(&self, why: &'static str) {
+        self.status.poison(why);
+    }
+
+    /// The image's own tables; not its backing files'.
+    fn active(&self) -> &Tables {
+        match &self.chain.layers[0].content {
+            Content::Qcow2 { tables, .. } => tables,
+            Content::Raw { .. } => unreachable!("the first file of a chain is the qcow2 image"),
+        }
+    }
+
+    /// Pins the epoch, where clusters can be freed at all.
+    #[inline]
+    fn pin(&self) -> Option<Pin<'_>> {
+        (!self.status.any(READ_ONLY)).then(|| self.allocator.epochs.pin())
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        if !self.status.any(CLOSED)
+            && let Err(e) = self.close()
+        {
+            self.log(LogLevel::Error, &format!("closing the image failed: {e}"));
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Finding free host clusters, and growing the refcount structures when there are none. Memory only: what is
+//! missing is named ([`Need`]), loaded by the caller, and the search is repeated.
+
+use std::ops::Range;
+
+use crate::error::{CorruptionKind, Error, Result};
+use crate::format::{HostCluster, refcount};
+use crate::tables::refcounts::{Need, RefcountState, TABLE_BYTES_MAX};
+
+/// Host offsets in tables have 56 bits.
+const HOST_BITS: u32 = 56;
+
+/// Takes a run of `want` free clusters (fewer only where the run ends with its refcount block), counts each once, and
+/// returns it. First fit, so that files stay as short as they can.
+pub fn take(state: &mut RefcountState, want: u64) -> Result<std::result::Result<Range<u64>, Need>> {
+    let start = if want == 1 { state.hint } else { state.hint.max(state.run_hint) };
+    let run = match search(state, start, want)? {
+        Ok(run) => run,
+        Err(need) => return Ok(Err(need)),
+    };
+    if state.overlaps_metadata(&run) {
+        return Err(state.corrupt(CorruptionKind::MetadataCountedFree, HostCluster(run.start)));
+    }
+    for cluster in run.clone() {
+        if let Err(need) = state.set(HostCluster(cluster), 1) {
+            return Ok(Err(need));
+        }
+    }
+    let end = HostCluster(run.end);
+    if want == 1 || state.hint.0 == run.start {
+        state.hint = end;
+    }
+    if want > 1 {
+        state.run_hint = end;
+    }
+    Ok(Ok(run))
+}
+
+fn search(state: &mut RefcountState, from: HostCluster, want: u64) -> Result<std::result::Result<Range<u64>, Need>> {
+    let geometry = state.geometry();
+    let (bits, order) = (geometry.refcount_block_bits(), geometry.refcount_order);
+    let mut at = from.0;
+    loop {
+        let index = at >> bits;
+        match state.has_block(index) {
+            Err(need) => return Ok(Err(need)),
+            Ok(false) => add_block(state, index)?,
+            Ok(true) => {}
+        }
+        let block = match state.block(index) {
+            Ok(block) => block,
+            Err(need) => return Ok(Err(need)),
+        };
+        let entries = 1usize << bits;
+        let mut entry = (at & (entries as u64 - 1)) as usize;
+        while entry < entries {
+            let Some(first) = (entry..entries).find(|&e| refcount::get(block, order, e) == 0) else { break };
+            let limit = entries.min(first + want.min(entries as u64) as usize);
+            let end = (first..limit).find(|&e| refcount::get(block, order, e) != 0).unwrap_or(limit);
+            if end == entries || (end - first) as u64 == want {
+                let base = index << bits;
+                return Ok(Ok(base + first as u64..base + end as u64));
+            }
+            entry = end + 1;
+        }
+        at = (index + 1) << bits;
+    }
+}
+
+/// Adds refcount block `index`, which counts clusters that nothing has counted so far: all of them are free.
+fn add_block(state: &mut RefcountState, index: u64) -> Result<()> {
+    let start = state.block_start(index);
+    if start.0.checked_shl(state.geometry().cluster_bits).is_none_or(|offset| offset >> HOST_BITS != 0) {
+        return Err(Error::TooLarge { what: "the image file", limit: 1 << HOST_BITS });
+    }
+    if index >= state.table_capacity() {
+        return grow_table(state, index);
+    }
+    check_free(state, start.0..start.0 + 1)?;
+    state.add_block(index, start);
+    count_new(state, start.0..start.0 + 1);
+    Ok(())
+}
+
+/// Moves the refcount table to a place where it has room for block `index` and half as many again. The new table and
+/// the blocks that count it lie together, from the first cluster of `index` on.
+fn grow_table(state: &mut RefcountState, index: u64) -> Result<()> {
+    let geometry = state.geometry();
+    let size = |blocks: u64| ((index + blocks) * 8).div_ceil(geometry.cluster_size_bytes());
+    let max = TABLE_BYTES_MAX / geometry.cluster_size_bytes();
+    let (mut blocks, mut clusters);
+    let mut next_blocks = 1;
+    loop {
+        blocks = next_blocks;
+        let least = size(blocks);
+        if least > max {
+            return Err(Error::TooLarge { what: "the refcount table", limit: TABLE_BYTES_MAX });
+        }
+        clusters = (least + least / 2).min(max);
+        next_blocks = (blocks + clusters).div_ceil(geometry.refcount_block_entries());
+        if next_blocks <= blocks {
+            break;
+        }
+    }
+    let start = state.block_start(index);
+    let area = start.0..start.0 + blocks + clusters;
+    check_free(state, area.clone())?;
+    state.move_table(start.plus(blocks), clusters);
+    for block in 0..blocks {
+        state.add_block(index + block, start.plus(block));
+    }
+    count_new(state, area);
+    Ok(())
+}
+
+fn check_free(state: &RefcountState, run: Range<u64>) -> Result<()> {
+    if state.overlaps_metadata(&run) {
+        return Err(state.corrupt(CorruptionKind::MetadataCountedFree, HostCluster(run.start)));
+    }
+    Ok(())
+}
+
+fn count_new(state: &mut RefcountState, run: Range<u64>) {
+    for cluster in run {
+        let counted = state.set(HostCluster(cluster), 1);
+        debug_assert!(counted.is_ok(), "the blocks were added just now");
+    }
+}

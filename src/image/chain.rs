@@ -1,0 +1,217 @@
+//! The image and what lies under it: which file a guest range reads from, and reading it.
+//!
+//! The chain is a list, not a tree of handles: resolving walks down it in a loop, so that depth costs neither stack
+//! nor heap.
+
+use crate::codec;
+use crate::error::{Corruption, CorruptionKind, Error, Result};
+use crate::format::l2::CompressedExtent;
+use crate::format::{Compression, GuestOffset, HostOffset};
+use crate::plan::read::{Run, Source};
+use crate::storage::pieces::{Piece, PieceCursor, scatter, zero_from};
+use crate::storage::{Io, IoDst};
+use crate::tables::file::HostFile;
+use crate::tables::{Found, Tables};
+
+/// One file of the chain.
+pub struct Layer {
+    /// Name under which its overlay refers to it; empty for the image itself.
+    pub name: String,
+    /// What it holds.
+    pub content: Content,
+}
+
+/// What a file of the chain holds.
+pub enum Content {
+    /// A qcow2 image.
+    Qcow2 {
+        /// Its tables.
+        tables: Box<Tables>,
+        /// Method of its compressed clusters.
+        compression: Compression,
+    },
+    /// Raw bytes.
+    Raw {
+        /// The file.
+        file: HostFile,
+        /// Its size when it was opened.
+        size_bytes: u64,
+    },
+}
+
+impl Layer {
+    fn size_bytes(&self) -> u64 {
+        match &self.content {
+            Content::Qcow2 { tables, .. } => tables.size_bytes(),
+            Content::Raw { size_bytes, .. } => *size_bytes,
+        }
+    }
+
+    fn file(&self) -> &HostFile {
+        match &self.content {
+            Content::Qcow2 { tables, .. } => &tables.file,
+            Content::Raw { file, .. } => file,
+        }
+    }
+
+    /// The run at `offset` in this file alone.
+    #[inline]
+    fn run(&self, offset: GuestOffset, max: u64) -> Result<Found<Run>> {
+        match &self.content {
+            Content::Qcow2 { tables, .. } => tables.run(offset, max),
+            Content::Raw { .. } => {
+                Ok(Found::Hit(Run { source: Source::Data(HostOffset(offset.0)), length_bytes: max }))
+            }
+        }
+    }
+}
+
+/// A guest range with one source, in one file of the chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Index of the file in the chain; 0 is the image itself.
+    pub depth: usize,
+    /// Where the bytes are. `Unallocated`: nowhere in the chain.
+    pub source: Source,
+    /// How many.
+    pub length_bytes: u64,
+}
+
+/// The image (first) and its backing files.
+pub struct Chain {
+    /// At least one.
+    pub layers: Vec<Layer>,
+}
+
+impl Chain {
+    /// The extent at `offset`, at most `max` long.
+    #[inline]
+    pub async fn resolve<I: Io>(&self, io: &I, offset: GuestOffset, max: u64) -> Result<Extent> {
+        let (mut depth, mut max) = (0, max);
+        loop {
+            let run = match self.layers[depth].run(offset, max) {
+                Ok(Found::Hit(run)) => run,
+                Ok(Found::Miss(slice)) => {
+                    if let Content::Qcow2 { tables, .. } = &self.layers[depth].content {
+                        tables.load_slice(io, slice).await.map_err(|e| self.at(depth, e))?;
+                    }
+                    continue;
+                }
+                Err(e) => return Err(self.at(depth, e)),
+            };
+            if !matches!(run.source, Source::Unallocated(_)) {
+                return Ok(Extent { depth, source: run.source, length_bytes: run.length_bytes });
+            }
+            // Below: nothing, or a file that may end before this one does; past its end everything is zero.
+            let size_below = self.layers.get(depth + 1).map_or(0, Layer::size_bytes);
+            if offset.0 >= size_below {
+                return Ok(Extent { depth, source: run.source, length_bytes: run.length_bytes });
+            }
+            max = run.length_bytes.min(size_below - offset.0);
+            depth += 1;
+        }
+    }
+
+    /// Errors of backing files say which file they are about.
+    fn at(&self, depth: usize, error: Error) -> Error {
+        match depth {
+            0 => error,
+            _ => Error::Backing { name: self.layers[depth].name.clone(), source: Box::new(error) },
+        }
+    }
+
+    /// Reads what the guest sees. `length_bytes` is the total of the pieces, and lies inside the image.
+    #[inline]
+    pub async fn read<I: Io>(
+        &self,
+        io: &I,
+        pieces: &[IoDst<'_>],
+        offset: GuestOffset,
+        length_bytes: u64,
+    ) -> Result<()> {
+        let extent = self.resolve(io, offset, length_bytes).await?;
+        if extent.length_bytes == length_bytes {
+            return self.fill(io, pieces, offset, extent).await;
+        }
+        self.read_extents(io, pieces, offset, extent).await
+    }
+
+    /// A read that spans several extents: one transfer for each.
+    async fn read_extents<I: Io>(
+        &self,
+        io: &I,
+        pieces: &[IoDst<'_>],
+        offset: GuestOffset,
+        first: Extent,
+    ) -> Result<()> {
+        let end = offset.0 + pieces.iter().map(|p| p.length() as u64).sum::<u64>();
+        let mut cursor = PieceCursor::new(pieces);
+        let (mut at, mut extent) = (offset, first);
+        loop {
+            let part = cursor.take(extent.length_bytes);
+            self.fill(io, part.as_slice(), at, extent).await?;
+            at = at.plus(extent.length_bytes);
+            if at.0 == end {
+                return Ok(());
+            }
+            extent = self.resolve(io, at, end - at.0).await?;
+        }
+    }
+
+    /// Fills pieces from one extent of the same length. Data past the end of a file reads as zeroes.
+    #[inline]
+    pub async fn fill<I: Io>(&self, io: &I, pieces: &[IoDst<'_>], offset: GuestOffset, extent: Extent) -> Result<()> {
+        match extent.source {
+            Source::Data(host) => {
+                let file = self.layers[extent.depth].file();
+                let got = file.read(io, pieces, host).await.map_err(|e| self.at(extent.depth, e))?;
+                if (got as u64) < extent.length_bytes {
+                    zero_from(pieces, got);
+                }
+                Ok(())
+            }
+            Source::Zero(_) | Source::Unallocated(_) => {
+                zero_from(pieces, 0);
+                Ok(())
+            }
+            Source::Compressed(stored) => {
+                let result = self.fill_compressed(io, pieces, offset, extent.depth, stored).await;
+                result.map_err(|e| self.at(extent.depth, e))
+            }
+        }
+    }
+
+    async fn fill_compressed<I: Io>(
+        &self,
+        io: &I,
+        pieces: &[IoDst<'_>],
+        offset: GuestOffset,
+        depth: usize,
+        stored: CompressedExtent,
+    ) -> Result<()> {
+        let Content::Qcow2 { tables, compression } = &self.layers[depth].content else {
+            unreachable!("only qcow2 images have compressed clusters")
+        };
+        let geometry = tables.geometry;
+        let corrupt = |kind| {
+            Error::Corrupt(Corruption {
+                kind,
+                host_offset: stored.offset.0,
+                guest_offset: Some(offset.0 - geometry.in_cluster(offset)),
+                value: stored.length_bytes,
+            })
+        };
+        let mut bytes = vec![0u8; stored.length_bytes as usize];
+        // The last sector may reach past the end of the file; what counts is that a cluster comes out.
+        let got = tables.file.read(io, &[IoDst::from(&mut bytes[..])], stored.offset).await?;
+        if got == 0 {
+            return Err(corrupt(CorruptionKind::CompressedBeyondEof));
+        }
+        let mut cluster = vec![0u8; geometry.cluster_size_bytes() as usize];
+        codec::decompress(*compression, &bytes[..got], &mut cluster)?
+            .map_err(|codec::BadData| corrupt(CorruptionKind::CompressedData))?;
+        let start = geometry.in_cluster(offset) as usize;
+        scatter(&cluster[start..], pieces);
+        Ok(())
+    }
+}

@@ -1,0 +1,61 @@
+//! Making things durable, and closing.
+
+use super::Image;
+use super::status::{CLOSED, CORRUPT, POISONED, READ_ONLY};
+use crate::error::{Error, Result};
+use crate::image::options::LogLevel;
+use crate::storage::Io;
+
+impl Image {
+    /// Makes all writes durable that were acknowledged before the call. See [`Image::flush`].
+    pub async fn flush_with<I: Io>(&self, io: &I) -> Result<()> {
+        if self.status.any(CLOSED) {
+            return self.status.check_read();
+        }
+        if self.status.any(READ_ONLY) {
+            return Ok(());
+        }
+        if self.status.any(POISONED) {
+            return self.status.check_write();
+        }
+        let tables = self.active();
+        if let Err(e) = tables.flush(io).await {
+            return Err(self.note_error(io, e).await);
+        }
+        // Everything is durable. What is freed now only decides how much space can be used again.
+        match self.allocator.settle(io, tables).await {
+            Ok(()) => Ok(()),
+            Err(e @ Error::Corrupt(_)) => Err(self.note_error(io, e).await),
+            Err(e) => {
+                self.log(
+                    LogLevel::Warning,
+                    &format!("freeing replaced clusters failed, and is tried again later: {e}"),
+                );
+                Ok(())
+            }
+        }
+    }
+
+    /// Flushes, gives back what can be given back, and ends all use of the handle. See [`Image::close`].
+    pub async fn close_with<I: Io>(&self, io: &I) -> Result<()> {
+        let before = self.status.set(CLOSED);
+        if before & (CLOSED | READ_ONLY) != 0 {
+            return Ok(());
+        }
+        if before & POISONED != 0 {
+            self.status.clear(CLOSED);
+            let refusal = self.status.check_write();
+            self.status.set(CLOSED);
+            return refusal;
+        }
+        let tables = self.active();
+        tables.flush(io).await?;
+        if before & CORRUPT == 0 {
+            self.allocator.settle(io, tables).await?;
+            if tables.refcounts.with(|state| state.dirty_blocks()) > 0 {
+                tables.flush(io).await?;
+            }
+        }
+        Ok(())
+    }
+}

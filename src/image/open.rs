@@ -1,0 +1,205 @@
+//! Opening: the image, then its backing files, each verified before the next is looked for. Nothing is written.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::Image;
+use super::backing::{Folder, open_file};
+use super::chain::{Chain, Content, Layer};
+use super::load::load_header;
+use super::options::{BackingFormat, LogLevel, MissingFormat, OpenOptions};
+use super::status::{CORRUPT, Counters, INSPECT, READ_ONLY, Status, UNTOUCHED};
+use crate::alloc::Allocator;
+use crate::codec;
+use crate::error::{Error, Result};
+use crate::format::Header;
+use crate::format::header::{BackingName, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
+use crate::storage::{Io, Storage};
+use crate::tables::Tables;
+use crate::tables::file::HostFile;
+use crate::wait::Claims;
+
+/// A file of the chain that has been accepted, before its tables are read.
+enum Accepted {
+    Qcow2 { name: String, file: HostFile, header: Box<Header> },
+    Raw { name: String, file: HostFile, size_bytes: u64 },
+}
+
+impl Image {
+    /// Opens the image in a file. See [`Image::open`].
+    pub async fn open_path_with<I: Io>(io: &I, path: &Path, options: &OpenOptions) -> Result<Self> {
+        let storage = open_file(path, !(options.read_only || options.inspect))?;
+        let folder = Folder::of(path);
+        Self::open_in(io, Arc::new(storage), Some(folder), path.to_path_buf(), options).await
+    }
+
+    /// Opens the image in a storage. See [`Image::open_storage`].
+    pub async fn open_with<I: Io>(io: &I, storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
+        Self::open_in(io, storage, None, PathBuf::new(), options).await
+    }
+
+    async fn open_in<I: Io>(
+        io: &I,
+        storage: Arc<dyn Storage>,
+        folder: Option<Folder>,
+        path: PathBuf,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let read_only = options.read_only || options.inspect;
+        let header = load_header(io, &*storage).await?;
+        let mut bits = if read_only { READ_ONLY } else { UNTOUCHED };
+        if options.inspect {
+            bits |= INSPECT;
+        } else {
+            check_usable(&header, &*storage)?;
+        }
+        if header.incompatible & INCOMPATIBLE_CORRUPT != 0 {
+            if !read_only {
+                return Err(Error::MarkedCorrupt);
+            }
+            bits |= CORRUPT;
+        }
+        if header.incompatible & INCOMPATIBLE_DIRTY != 0 && !read_only {
+            return Err(Error::NeedsRepair);
+        }
+        let layers = if options.inspect {
+            Vec::new()
+        } else {
+            let first = Accepted::Qcow2 {
+                name: String::new(),
+                file: HostFile::new(storage.clone()),
+                header: Box::new(header.clone()),
+            };
+            load_tables(io, accept_chain(io, first, folder, options).await?, options).await?
+        };
+        Ok(Self {
+            chain: Chain { layers },
+            size_bytes: header.size_bytes,
+            header,
+            storage,
+            path,
+            allocator: Allocator::default(),
+            cluster_claims: Claims::default(),
+            table_claims: Claims::default(),
+            header_claims: Claims::default(),
+            status: Status::new(bits),
+            counters: Counters::default(),
+            log: options.log.clone(),
+        })
+    }
+
+    /// Hands a line to the caller's log.
+    pub(super) fn log(&self, level: LogLevel, text: &str) {
+        if let Some(log) = &self.log {
+            log(level, text);
+        }
+    }
+}
+
+/// Refuses what this library cannot handle, and tables that lie where they cannot.
+fn check_usable(header: &Header, storage: &dyn Storage) -> Result<()> {
+    header.check_supported()?;
+    codec::check_supported(header.compression)?;
+    let size = storage.size().map_err(|e| Error::io(crate::error::IoOp::Size, 0, &e))?;
+    header.check_placement(size)
+}
+
+/// Walks down the backing chain. A loop, not a recursion; each file is verified before its own backing file counts.
+async fn accept_chain<I: Io>(
+    io: &I,
+    first: Accepted,
+    mut folder: Option<Folder>,
+    options: &OpenOptions,
+) -> Result<Vec<Accepted>> {
+    let mut chain = vec![first];
+    let mut seen = Vec::new();
+    while let Some(Accepted::Qcow2 { file, header, .. }) = chain.last() {
+        seen.extend(file.storage().identity());
+        let Some(backing) = header.backing.clone() else { break };
+        let depth = chain.len() as u32 - 1;
+        if depth >= options.backing_depth_max {
+            return Err(Error::ChainTooDeep { limit: options.backing_depth_max });
+        }
+        let format = backing_format(&backing, options)?;
+        let storage = find_backing(&backing, format, depth, &mut folder, options)?;
+        if storage.identity().is_some_and(|identity| seen.contains(&identity)) {
+            return Err(Error::ChainLoop { name: backing.name });
+        }
+        let accepted = accept_backing(io, storage, &backing.name, format).await;
+        chain.push(accepted.map_err(|e| Error::Backing { name: backing.name, source: Box::new(e) })?);
+    }
+    Ok(chain)
+}
+
+fn backing_format(backing: &BackingName, options: &OpenOptions) -> Result<BackingFormat> {
+    match &backing.format {
+        Some(format) => BackingFormat::from_name(format),
+        None => (options.backing_fmt_missing == MissingFormat::Raw).then_some(BackingFormat::Raw),
+    }
+    .ok_or_else(|| Error::BackingFormat { name: backing.name.clone(), format: backing.format.clone() })
+}
+
+/// Given by the caller, found by the caller's resolver, or opened by name where the caller allows that.
+fn find_backing(
+    backing: &BackingName,
+    format: BackingFormat,
+    depth: u32,
+    folder: &mut Option<Folder>,
+    options: &OpenOptions,
+) -> Result<Arc<dyn Storage>> {
+    if let Some(storage) = options.backing_storages.get(depth as usize) {
+        return Ok(storage.clone());
+    }
+    let found = match (&options.resolver, folder) {
+        (Some(resolver), _) => resolver.resolve(&backing.name, format, depth),
+        (None, Some(folder)) => folder.open_backing(&backing.name, options.backing),
+        (None, None) => Folder::nowhere().open_backing(&backing.name, options.backing),
+    };
+    found.map_err(|e| match e {
+        denied @ Error::BackingDenied { .. } => denied,
+        e => Error::Backing { name: backing.name.clone(), source: Box::new(e) },
+    })
+}
+
+async fn accept_backing<I: Io>(
+    io: &I,
+    storage: Arc<dyn Storage>,
+    name: &str,
+    format: BackingFormat,
+) -> Result<Accepted> {
+    let (name, file) = (name.to_owned(), HostFile::new(storage));
+    if format == BackingFormat::Raw {
+        let size_bytes = file.size_bytes()?;
+        return Ok(Accepted::Raw { name, file, size_bytes });
+    }
+    let header = load_header(io, file.storage()).await?;
+    check_usable(&header, file.storage())?;
+    Ok(Accepted::Qcow2 { name, file, header: Box::new(header) })
+}
+
+/// Reads the L1 tables. The image gets half of the L2 cache, or all of it if nothing lies under it; its backing files
+/// share the rest, so that a deep chain takes no more memory than the caller allowed.
+async fn load_tables<I: Io>(io: &I, chain: Vec<Accepted>, options: &OpenOptions) -> Result<Vec<Layer>> {
+    let qcow2_below = chain.iter().skip(1).filter(|a| matches!(a, Accepted::Qcow2 { .. })).count() as u64;
+    let whole = options.l2_cache_size;
+    let (own, below) = if qcow2_below == 0 { (whole, 0) } else { (whole / 2, whole / 2 / qcow2_below) };
+    let mut layers = Vec::with_capacity(chain.len());
+    for accepted in chain {
+        let layer = match accepted {
+            Accepted::Raw { name, file, size_bytes } => Layer { name, content: Content::Raw { file, size_bytes } },
+            Accepted::Qcow2 { name, file, header } => {
+                let l2_bytes = if layers.is_empty() { own } else { below };
+                let compression = header.compression;
+                let loaded = Tables::load(io, file, &header, l2_bytes, options.refcount_cache_size).await;
+                let tables = Box::new(match (loaded, layers.is_empty()) {
+                    (Ok(tables), _) => tables,
+                    (Err(e), true) => return Err(e),
+                    (Err(e), false) => return Err(Error::Backing { name, source: Box::new(e) }),
+                });
+                Layer { name, content: Content::Qcow2 { tables, compression } }
+            }
+        };
+        layers.push(layer);
+    }
+    Ok(layers)
+}

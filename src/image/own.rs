@@ -1,0 +1,125 @@
+//! Before the first change: the header may have to say so (O6), and an L2 table has to be ours to be changed.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::Image;
+use super::status::{CORRUPT, READ_ONLY, UNTOUCHED};
+use crate::error::{Corruption, CorruptionKind, Error, Result};
+use crate::format::header::{INCOMPATIBLE_CORRUPT, OFFSET_AUTOCLEAR, OFFSET_INCOMPATIBLE};
+use crate::format::l2::{COMPRESSED, COPIED, encode_l1};
+use crate::format::{HostOffset, L1Index};
+use crate::image::options::LogLevel;
+use crate::storage::{Io, IoDst};
+
+impl Image {
+    /// Lets a write through, or says why not. The first write of a handle clears the autoclear bits: they vouch for
+    /// structures that this library does not keep up to date (spec, "autoclear_features").
+    #[cold]
+    pub(super) async fn prepare_write<I: Io>(&self, io: &I) -> Result<()> {
+        self.status.check_write()?;
+        let _only_one = self.header_claims.claim(0..1).await;
+        self.status.check_write()?;
+        if self.status.any(UNTOUCHED) {
+            if self.header.autoclear != 0 {
+                let file = &self.active().file;
+                file.write_bytes(io, &[0; 8], HostOffset(OFFSET_AUTOCLEAR)).await?;
+                file.barrier(io).await?;
+            }
+            self.status.clear(UNTOUCHED);
+        }
+        Ok(())
+    }
+
+    /// Makes sure that the L2 table behind an L1 entry exists and belongs to the active state alone.
+    pub(super) async fn own_l2_table<I: Io>(&self, io: &I, index: L1Index) -> Result<()> {
+        let tables = self.active();
+        if tables.table(index)?.1 {
+            return Ok(());
+        }
+        let _claim = self.table_claims.claim(index.0..index.0 + 1).await;
+        let (old, ours) = tables.table(index)?;
+        if ours {
+            return Ok(());
+        }
+        let reservation = self.allocator.reserve(io, tables, 1).await?;
+        let Some(cluster) = reservation.clusters().next() else { unreachable!("one was asked for") };
+        let mut table = vec![0u8; tables.geometry.cluster_size_bytes() as usize];
+        if old != HostOffset(0) {
+            self.read_shared_table(io, index, old, &mut table).await?;
+        }
+        let new = tables.geometry.host_offset(cluster);
+        tables.file.write_bytes(io, &table, new).await?;
+        tables.replace_table(index, encode_l1(new)).await;
+        let change = tables.order.number_change();
+        reservation.keep();
+        if old != HostOffset(0) {
+            let old = tables.geometry.host_cluster(old).0;
+            self.allocator.release(old..old + 1, change);
+        }
+        self.counters.l2_tables_allocated.fetch_add(1, Relaxed);
+        Ok(())
+    }
+
+    /// Reads a table that is shared with a snapshot. Nothing in it can be ours alone, whatever its flags say: they
+    /// are only accurate in tables of the active state (spec, "L2 table entry"; H4).
+    async fn read_shared_table<I: Io>(&self, io: &I, index: L1Index, at: HostOffset, table: &mut [u8]) -> Result<()> {
+        let tables = self.active();
+        let got = tables.file.read(io, &[IoDst::from(&mut *table)], at).await?;
+        if got < table.len() {
+            return Err(Error::Corrupt(Corruption {
+                kind: CorruptionKind::L2TableBeyondEof,
+                host_offset: tables.l1.entry_offset(index).0,
+                guest_offset: Some(index.0 * tables.geometry.l2_table_covers_bytes()),
+                value: at.0,
+            }));
+        }
+        for entry in table.chunks_exact_mut(tables.geometry.l2_entry_bytes() as usize) {
+            let is_compressed = entry[0] & (COMPRESSED >> 56) as u8 != 0;
+            if !is_compressed {
+                entry[0] &= !((COPIED >> 56) as u8);
+            }
+        }
+        Ok(())
+    }
+
+    /// After a request: batches of metadata leave before they fill the caches.
+    pub(super) async fn maintain<I: Io>(&self, io: &I) -> Result<()> {
+        let tables = self.active();
+        if self.allocator.wants_flush() {
+            return self.flush_with(io).await;
+        }
+        if tables.l2.dirty_count() * 2 > tables.l2.slots() || tables.refcounts.wants_write_back() {
+            return match tables.write_back(io).await {
+                Ok(()) => Ok(()),
+                Err(e) => Err(self.note_error(io, e).await),
+            };
+        }
+        Ok(())
+    }
+
+    /// Looks at an error on its way out: corruption of this image marks it, and ends writing through this handle.
+    pub(super) async fn note_error<I: Io>(&self, io: &I, error: Error) -> Error {
+        if let Error::Corrupt(found) = &error
+            && self.status.set(CORRUPT) & (CORRUPT | READ_ONLY) == 0
+        {
+            self.log(LogLevel::Error, &format!("{found}; the image takes no more writes"));
+            if let Err(e) = self.mark_corrupt(io).await {
+                self.log(LogLevel::Error, &format!("marking the image corrupt failed: {e}"));
+            }
+        }
+        error
+    }
+
+    /// What has been acknowledged goes to disk first; then the corrupt bit, which forbids writing (spec,
+    /// "incompatible_features"). Version 2 has no such bit.
+    async fn mark_corrupt<I: Io>(&self, io: &I) -> Result<()> {
+        let tables = self.active();
+        let flushed = tables.flush(io).await;
+        if tables.geometry.version >= 3 {
+            let bits = self.header.incompatible | INCOMPATIBLE_CORRUPT;
+            tables.file.write_bytes(io, &bits.to_be_bytes(), HostOffset(OFFSET_INCOMPATIBLE)).await?;
+            tables.file.barrier(io).await?;
+        }
+        flushed
+    }
+}

@@ -1,0 +1,287 @@
+//! The pipeline of a write, readable as its stages: split, claim, look up, plan, reserve, write, link.
+//!
+//! Where all of a range is allocated and ours, it is written in place at once. Everything else goes piece by piece
+//! through [`Image::write_allocating`], which holds the claim of whole clusters from before it looks the state up
+//! until the new state is linked (scenarios, section 0: what two requests in flight may not share is the CLUSTER).
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::Image;
+use crate::alloc::{Reservation, clusters_of};
+use crate::error::{Error, Result};
+use crate::format::{ClusterState, GuestOffset, Host, HostCluster, HostOffset, L2Entry};
+use crate::plan::read::Source;
+use crate::plan::write::{Target, WritePlan, plan_write};
+use crate::plan::{Span, split};
+use crate::storage::pieces::{PieceCursor, PieceList};
+use crate::storage::{Io, IoDst, IoSrc, total_src};
+use crate::tables::{Found, Tables};
+
+/// How a write is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteFlags {
+    /// The call returns only once the write, and what it needs to be found again, is durable.
+    pub fua: bool,
+}
+
+/// A write into one cluster.
+struct Step {
+    cluster_at: GuestOffset,
+    old: ClusterState,
+    plan: WritePlan,
+    host: HostCluster, // where it goes; set once clusters are reserved
+}
+
+impl Step {
+    /// Guest range of a part of the cluster.
+    fn guest(&self, span: Span) -> (GuestOffset, u64) {
+        (self.cluster_at.plus(span.start), span.len())
+    }
+}
+
+/// The data of all steps is on its way to disk. Only [`Image::write_steps`] makes one, and only with one can an entry
+/// be linked: an entry cannot become visible before what it points to (O2).
+struct Written(());
+
+impl Image {
+    /// Writes `pieces` at `offset`. See [`Image::write`].
+    pub async fn write_with<I: Io>(
+        &self,
+        io: &I,
+        pieces: &[IoSrc<'_>],
+        offset: GuestOffset,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        let length = total_src(pieces);
+        self.check_range(offset, length)?;
+        if !self.status.is_clear() {
+            self.prepare_write(io).await?;
+        }
+        if length > 0 {
+            let result = self.write_range(io, pieces, offset, length).await;
+            match result {
+                Ok(false) => {}
+                Ok(true) => self.maintain(io).await?,
+                Err(e) => return Err(self.note_error(io, e).await),
+            }
+        }
+        if flags.fua { self.flush_with(io).await } else { Ok(()) }
+    }
+
+    /// Returns whether anything but pure overwriting was needed.
+    #[inline]
+    async fn write_range<I: Io>(&self, io: &I, pieces: &[IoSrc<'_>], offset: GuestOffset, length: u64) -> Result<bool> {
+        let tables = self.active();
+        let _pin = self.allocator.epochs.pin();
+        if let Found::Hit(Some((host, n))) = tables.run_in_place(offset, length)?
+            && n == length
+        {
+            tables.file.write(io, pieces, host).await?;
+            return Ok(false);
+        }
+        self.write_pieces(io, pieces, offset, length).await
+    }
+
+    async fn write_pieces<I: Io>(
+        &self,
+        io: &I,
+        pieces: &[IoSrc<'_>],
+        offset: GuestOffset,
+        length: u64,
+    ) -> Result<bool> {
+        let tables = self.active();
+        let mut cursor = PieceCursor::new(pieces);
+        let (mut at, mut left, mut allocated) = (offset, length, false);
+        while left > 0 {
+            let n = match tables.run_in_place(at, left)? {
+                Found::Miss(slice) => {
+                    tables.load_slice(io, slice).await?;
+                    continue;
+                }
+                Found::Hit(Some((host, n))) => {
+                    tables.file.write(io, cursor.take(n).as_slice(), host).await?;
+                    n
+                }
+                Found::Hit(None) => {
+                    let n = split(tables.geometry, at, left);
+                    self.write_allocating(io, cursor.take(n), at, n).await?;
+                    allocated = true;
+                    n
+                }
+            };
+            at = at.plus(n);
+            left -= n;
+        }
+        Ok(allocated)
+    }
+
+    /// A piece inside one L2 slice of which at least the first byte is not simply overwritten.
+    async fn write_allocating<I: Io>(
+        &self,
+        io: &I,
+        payload: PieceList<IoSrc<'_>>,
+        at: GuestOffset,
+        length: u64,
+    ) -> Result<()> {
+        let tables = self.active();
+        let geometry = tables.geometry;
+        let (first, last) = (geometry.guest_cluster(at), geometry.guest_cluster(at.plus(length - 1)));
+        let _claim = self.cluster_claims.claim(first.0..last.0 + 1).await;
+        self.own_l2_table(io, geometry.l1_index(at)).await?;
+        let mut steps = plan_steps(io, tables, at, length).await?;
+        let new = steps.iter().filter(|s| s.plan.target == Target::New).count() as u64;
+        let reservation = self.allocator.reserve(io, tables, new).await?;
+        assign_hosts(&mut steps, &reservation);
+        let copies = self.fetch_copies(io, &steps).await?;
+        let written = self.write_steps(io, &steps, payload.as_slice(), &copies).await?;
+        self.link(io, &steps, reservation, written).await?;
+        self.counters.allocating_writes.fetch_add(1, Relaxed);
+        self.counters.clusters_allocated.fetch_add(new, Relaxed);
+        Ok(())
+    }
+
+    /// Reads what the guest sees around the payload of each step: heads and tails, one after the other.
+    async fn fetch_copies<I: Io>(&self, io: &I, steps: &[Step]) -> Result<Vec<u8>> {
+        let spans = || steps.iter().flat_map(|s| [(s, s.plan.head()), (s, s.plan.tail())]);
+        let mut bytes = vec![0u8; spans().map(|(_, span)| span.len() as usize).sum()];
+        let mut rest = &mut bytes[..];
+        for (step, span) in spans() {
+            let (part, next) = std::mem::take(&mut rest).split_at_mut(span.len() as usize);
+            rest = next;
+            let (at, length) = step.guest(span);
+            self.fetch_copy(io, part, at, length).await?;
+        }
+        Ok(bytes)
+    }
+
+    /// Fills `part`, which is zero, with what the guest sees. Past the end of the image that is nothing: zeroes.
+    async fn fetch_copy<I: Io>(&self, io: &I, part: &mut [u8], at: GuestOffset, length: u64) -> Result<()> {
+        let inside = length.min(self.size_bytes.saturating_sub(at.0));
+        let mut done = 0;
+        while done < inside {
+            let extent = self.chain.resolve(io, at.plus(done), inside - done).await?;
+            let n = extent.length_bytes;
+            if !matches!(extent.source, Source::Zero(_) | Source::Unallocated(_)) {
+                let dst = IoDst::from(&mut part[done as usize..(done + n) as usize]);
+                self.chain.fill(io, &[dst], at.plus(done), extent).await?;
+                self.counters.copied_bytes.fetch_add(n, Relaxed);
+            } else {
+                self.counters.zero_filled_bytes.fetch_add(n, Relaxed);
+            }
+            done += n;
+        }
+        self.counters.zero_filled_bytes.fetch_add(length - inside, Relaxed);
+        Ok(())
+    }
+
+    /// Writes copied head, payload and copied tail of each step, as one vectored write wherever they touch on the
+    /// host.
+    async fn write_steps<I: Io>(
+        &self,
+        io: &I,
+        steps: &[Step],
+        payload: &[IoSrc<'_>],
+        copies: &[u8],
+    ) -> Result<Written> {
+        let tables = self.active();
+        let mut payload = PieceCursor::new(payload);
+        let mut copies = copies;
+        let mut batch = PieceList::default();
+        let (mut start, mut end) = (HostOffset(0), HostOffset(0));
+        for step in steps {
+            let at = tables.geometry.host_offset(step.host).plus(step.plan.io.start);
+            if at != end {
+                if start != end {
+                    tables.file.write(io, batch.as_slice(), start).await?;
+                }
+                batch.clear();
+                start = at;
+            }
+            let (head, rest) = copies.split_at(step.plan.head().len() as usize);
+            let (tail, rest) = rest.split_at(step.plan.tail().len() as usize);
+            copies = rest;
+            batch.push(IoSrc::from(head));
+            payload.take_into(step.plan.payload.len(), &mut batch);
+            batch.push(IoSrc::from(tail));
+            end = at.plus(step.plan.io.len());
+        }
+        tables.file.write(io, batch.as_slice(), start).await?;
+        Ok(Written(()))
+    }
+
+    /// Makes the new state of all steps visible at once, and releases the clusters that were replaced.
+    async fn link<I: Io>(&self, io: &I, steps: &[Step], reservation: Reservation<'_>, _data: Written) -> Result<()> {
+        let tables = self.active();
+        let geometry = tables.geometry;
+        let entries: Vec<(usize, L2Entry)> = steps
+            .iter()
+            .filter_map(|step| {
+                let bits = step.plan.next?;
+                let host = Host::Cluster { cluster: step.host, copied: true };
+                let state = ClusterState { host, alloc: bits.alloc, zero: bits.zero };
+                Some((geometry.entry_in_slice(step.cluster_at), L2Entry::encode(state, geometry)))
+            })
+            .collect();
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let slice = geometry.slice_index(steps[0].cluster_at);
+        while !tables.l2.update(slice, &entries) {
+            tables.load_slice(io, slice).await?; // it was evicted meanwhile
+        }
+        let change = tables.order.number_change();
+        reservation.keep();
+        for step in steps.iter().filter(|s| s.plan.releases_old) {
+            self.allocator.release(clusters_of(geometry, step.old.host), change);
+        }
+        Ok(())
+    }
+}
+
+/// Looks up and plans each cluster of a piece.
+async fn plan_steps<I: Io>(io: &I, tables: &Tables, at: GuestOffset, length: u64) -> Result<Vec<Step>> {
+    let geometry = tables.geometry;
+    let (mut at, end) = (at, at.0 + length);
+    let mut steps = Vec::new();
+    while at.0 < end {
+        let looked = match tables.state(at)? {
+            Found::Hit(looked) => looked,
+            Found::Miss(slice) => {
+                tables.load_slice(io, slice).await?;
+                continue;
+            }
+        };
+        let start = geometry.in_cluster(at);
+        let payload = Span { start, end: geometry.cluster_size_bytes().min(start + (end - at.0)) };
+        let plan = plan_write(geometry, looked.state, payload);
+        let host = match plan.target {
+            Target::InPlace(cluster) => cluster,
+            Target::New => HostCluster(0),
+        };
+        let cluster_at = GuestOffset(at.0 - start);
+        steps.push(Step { cluster_at, old: looked.state, plan, host });
+        at = at.plus(payload.len());
+    }
+    Ok(steps)
+}
+
+fn assign_hosts(steps: &mut [Step], reservation: &Reservation<'_>) {
+    let mut clusters = reservation.clusters();
+    for step in steps.iter_mut().filter(|s| s.plan.target == Target::New) {
+        if let Some(cluster) = clusters.next() {
+            step.host = cluster;
+        }
+    }
+    debug_assert!(clusters.next().is_none(), "as many clusters as steps that need one");
+}
+
+impl Image {
+    /// Refuses requests that reach past the end.
+    #[inline]
+    pub(super) fn check_range(&self, offset: GuestOffset, length: u64) -> Result<()> {
+        match offset.0.checked_add(length) {
+            Some(end) if end <= self.size_bytes => Ok(()),
+            _ => Err(Error::OutOfRange { offset: offset.0, length, size: self.size_bytes }),
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! One image file as the tables see it: errors typed, and a failed fdatasync that stays failed (M7).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, IoOp, Result};
+use crate::format::HostOffset;
+use crate::storage::{Io, IoDst, IoSrc, Storage};
+
+/// Why a handle writes nothing more after a failed flush: the kernel may have dropped the dirty pages, so that a
+/// later fdatasync would succeed without having written them.
+const FLUSH_FAILED: &str = "an earlier flush to disk failed, and what it should have made durable is unknown";
+
+/// An open image file.
+pub struct HostFile {
+    storage: Arc<dyn Storage>,
+    flush_failed: AtomicBool,
+}
+
+impl HostFile {
+    /// Takes over an open storage.
+    pub fn new(storage: Arc<dyn Storage>) -> Self {
+        Self { storage, flush_failed: AtomicBool::new(false) }
+    }
+
+    /// The storage below.
+    pub fn storage(&self) -> &dyn Storage {
+        &*self.storage
+    }
+
+    /// Current size in bytes.
+    pub fn size_bytes(&self) -> Result<u64> {
+        self.storage.size().map_err(|e| Error::io(IoOp::Size, 0, &e))
+    }
+
+    /// Reads until the pieces are full or the file ends; returns the bytes read.
+    #[inline]
+    pub async fn read<I: Io>(&self, io: &I, pieces: &[IoDst<'_>], offset: HostOffset) -> Result<usize> {
+        io.read(&*self.storage, pieces, offset.0).await.map_err(|e| Error::io(IoOp::Read, offset.0, &e))
+    }
+
+    /// Writes all pieces. Fails without writing once a flush has failed.
+    #[inline]
+    pub async fn write<I: Io>(&self, io: &I, pieces: &[IoSrc<'_>], offset: HostOffset) -> Result<()> {
+        self.check_flushes()?;
+        io.write(&*self.storage, pieces, offset.0).await.map_err(|e| Error::io(IoOp::Write, offset.0, &e))
+    }
+
+    /// Writes one run of bytes.
+    pub async fn write_bytes<I: Io>(&self, io: &I, bytes: &[u8], offset: HostOffset) -> Result<()> {
+        self.write(io, &[IoSrc::from(bytes)], offset).await
+    }
+
+    /// Makes all completed writes durable. A failure is final for this handle.
+    pub async fn barrier<I: Io>(&self, io: &I) -> Result<()> {
+        self.check_flushes()?;
+        let result = io.flush(&*self.storage).await;
+        if result.is_err() {
+            self.flush_failed.store(true, Ordering::Release);
+        }
+        result.map_err(|e| Error::io(IoOp::Flush, 0, &e))
+    }
+
+    fn check_flushes(&self) -> Result<()> {
+        if self.flush_failed.load(Ordering::Acquire) { Err(Error::Poisoned { why: FLUSH_FAILED }) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,368 @@
+//! The cache of L2 slices: bounded, read without locks, written back in batches.
+//!
+//! A slot holds one slice. Readers find it by its key in a set of [`WAYS`] slots and read its words under the slot's
+//! sequence number: odd while the slot changes, and a reader that saw it change reads again. Reads write nothing
+//! shared but the recency mark, and that only when it is not set, so readers on different threads do not slow each
+//! other down. Everything that changes a slot holds the lock of `inner`; no I/O happens under it.
+//!
+//! A slot is clean, DIRTY, WRITING, or both: a slice that changes while it is being written stays dirty (M5), and
+//! one that is being written cannot be evicted, because a reload would race the write.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+
+use crate::format::{Geometry, L2Entry, SliceIndex};
+use crate::wait::lock;
+
+/// Slots of a set.
+const WAYS: usize = 16;
+/// Reads of a changing slot before a reader waits on the lock of whoever changes it.
+const SPINS: u32 = 64;
+const DIRTY: u8 = 1;
+const WRITING: u8 = 2;
+
+struct Inner {
+    flags: Box<[u8]>,
+    dirty: Vec<u32>,  // slots with DIRTY
+    hands: Box<[u8]>, // where the clock of each set stands
+}
+
+/// The cache. Its memory is reserved at once and only touched as it fills.
+pub struct L2Cache {
+    geometry: Geometry,
+    ways: usize,
+    set_mask: u64,
+    words_per_slice: usize,
+    keys: Box<[AtomicU64]>, // slice index + 1; 0 is empty
+    sequence: Box<[AtomicU32]>,
+    recent: Box<[AtomicU8]>,
+    words: Box<[AtomicU64]>,
+    inner: Mutex<Inner>,
+}
+
+/// A slice whose words may be changing while they are read; what is computed from it counts only if they did not.
+pub struct SliceView<'a> {
+    words: &'a [AtomicU64],
+    extended: bool,
+}
+
+impl SliceView<'_> {
+    /// Entry `index` as stored.
+    #[inline]
+    pub fn entry(&self, index: usize) -> L2Entry {
+        if self.extended {
+            L2Entry {
+                descriptor: self.words[index * 2].load(Ordering::Relaxed),
+                bitmap: self.words[index * 2 + 1].load(Ordering::Relaxed),
+            }
+        } else {
+            L2Entry { descriptor: self.words[index].load(Ordering::Relaxed), bitmap: 0 }
+        }
+    }
+}
+
+/// Slices taken for writing, as they were at that moment.
+#[derive(Default)]
+pub struct DirtySlices {
+    slices: Vec<(SliceIndex, u32)>, // with their slots, in order
+    bytes: Vec<u8>,
+    slice_bytes: usize,
+}
+
+impl DirtySlices {
+    /// Whether there is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.slices.is_empty()
+    }
+
+    /// Runs of slices that follow each other inside one L2 table, with their bytes: each is one write.
+    pub fn runs(&self, geometry: Geometry) -> impl Iterator<Item = (SliceIndex, &[u8])> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let (first, _) = *self.slices.get(at)?;
+            let start = at;
+            let table = geometry.l1_index_of_slice(first);
+            at += 1;
+            while let Some(&(next, _)) = self.slices.get(at)
+                && next.0 == first.0 + (at - start) as u64
+                && geometry.l1_index_of_slice(next) == table
+            {
+                at += 1;
+            }
+            Some((first, &self.bytes[start * self.slice_bytes..at * self.slice_bytes]))
+        })
+    }
+}
+
+/// Words that start as zero and take no memory until they are touched.
+fn zeroed_words(n: usize) -> Box<[AtomicU64]> {
+    let words = Box::<[AtomicU64]>::new_zeroed_slice(n);
+    // SAFETY: all-zero bytes are a valid AtomicU64.
+    unsafe { words.assume_init() }
+}
+
+impl L2Cache {
+    /// A cache of at most `budget_bytes` of slices (at least four), no larger than the disk needs.
+    pub fn new(geometry: Geometry, budget_bytes: u64, disk_bytes: u64) -> Self {
+        let useful = disk_bytes.div_ceil(geometry.slice_covers_bytes()).max(4);
+        let slots = (budget_bytes / geometry.slice_bytes()).clamp(4, useful) as usize;
+        let ways = WAYS.min(slots);
+        let sets = 1usize << (slots / ways).ilog2(); // a power of two that stays within the budget
+        let slots = sets * ways;
+        let words_per_slice = (geometry.slice_bytes() / 8) as usize;
+        Self {
+            geometry,
+            ways,
+            set_mask: sets as u64 - 1,
+            words_per_slice,
+            keys: zeroed_words(slots),
+            sequence: (0..slots).map(|_| AtomicU32::new(0)).collect(),
+            recent: (0..slots).map(|_| AtomicU8::new(0)).collect(),
+            words: zeroed_words(slots * words_per_slice),
+            inner: Mutex::new(Inner {
+                flags: vec![0; slots].into_boxed_slice(),
+                dirty: Vec::new(),
+                hands: vec![0; sets].into_boxed_slice(),
+            }),
+        }
+    }
+
+    /// Number of slices that fit.
+    pub fn slots(&self) -> usize {
+        self.keys.len()
+    }
+
+    fn set_of(&self, slice: SliceIndex) -> usize {
+        // Neighbouring slices go to neighbouring sets; the high bits keep power-of-two strides apart.
+        let mixed = slice.0 ^ (slice.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40);
+        (mixed & self.set_mask) as usize
+    }
+
+    #[inline]
+    fn slot_of(&self, slice: SliceIndex) -> Option<usize> {
+        let first = self.set_of(slice) * self.ways;
+        let keys = &self.keys[first..first + self.ways];
+        keys.iter().position(|k| k.load(Ordering::Acquire) == slice.0 + 1).map(|way| first + way)
+    }
+
+    fn slot_words(&self, slot: usize) -> &[AtomicU64] {
+        &self.words[slot * self.words_per_slice..(slot + 1) * self.words_per_slice]
+    }
+
+    /// Runs `look` on the slice and returns its result, if the slice is cached. `look` may run more than once, on
+    /// words that are changing; only its last run, on words that did not change, counts.
+    #[inline]
+    pub fn look<R>(&self, slice: SliceIndex, mut look: impl FnMut(&SliceView<'_>) -> R) -> Option<R> {
+        let slot = self.slot_of(slice)?;
+        let view = SliceView { words: self.slot_words(slot), extended: self.geometry.extended_l2 };
+        let mut spins = 0u32;
+        loop {
+            let before = self.sequence[slot].load(Ordering::Acquire);
+            if before & 1 == 0 {
+                if self.keys[slot].load(Ordering::Acquire) != slice.0 + 1 {
+                    return None;
+                }
+                let result = look(&view);
+                fence(Ordering::Acquire);
+                if self.sequence[slot].load(Ordering::Relaxed) == before {
+                    if self.recent[slot].load(Ordering::Relaxed) == 0 {
+                        self.recent[slot].store(1, Ordering::Relaxed);
+                    }
+                    return Some(result);
+                }
+            }
+            spins += 1;
+            if spins.is_multiple_of(SPINS) {
+                drop(lock(&self.inner)); // whoever changes the slot holds this lock, and may have been preempted
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Changes a slot's words; the caller holds the lock of `inner`.
+    fn change(&self, slot: usize, change: impl FnOnce(&[AtomicU64])) {
+        let before = self.sequence[slot].load(Ordering::Relaxed);
+        self.sequence[slot].store(before.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        change(self.slot_words(slot));
+        self.sequence[slot].store(before.wrapping_add(2), Ordering::Release);
+    }
+
+    /// Puts a slice that was read from disk into the cache. `false`: every slot it could go to is dirty, and a
+    /// write-back has to come first.
+    #[must_use]
+    pub fn install(&self, slice: SliceIndex, bytes: &[u8]) -> bool {
+        let mut inner = lock(&self.inner);
+        if self.slot_of(slice).is_some() {
+            return true;
+        }
+        let Some(slot) = self.victim(&mut inner, self.set_of(slice)) else { return false };
+        self.change(slot, |words| {
+            self.keys[slot].store(slice.0 + 1, Ordering::Relaxed);
+            for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)) {
+                word.store(super::word(bytes), Ordering::Relaxed);
+            }
+        });
+        self.recent[slot].store(1, Ordering::Relaxed);
+        true
+    }
+
+    /// A slot of the set that is empty or clean, least recently used by the clock's reckoning.
+    fn victim(&self, inner: &mut Inner, set: usize) -> Option<usize> {
+        let first = set * self.ways;
+        let mut slots = first..first + self.ways;
+        if let Some(empty) = slots.clone().find(|&slot| self.keys[slot].load(Ordering::Relaxed) == 0) {
+            return Some(empty);
+        }
+        for _ in 0..self.ways * 2 {
+            let way = usize::from(inner.hands[set]);
+            inner.hands[set] = ((way + 1) % self.ways) as u8;
+            let slot = first + way;
+            if inner.flags[slot] == 0 && self.recent[slot].swap(0, Ordering::Relaxed) == 0 {
+                return Some(slot);
+            }
+        }
+        slots.find(|&slot| inner.flags[slot] == 0)
+    }
+
+    /// Changes entries of a cached slice and marks it dirty, all at once for readers and for write-back.
+    /// `false`: the slice is not cached.
+    #[must_use]
+    pub fn update(&self, slice: SliceIndex, entries: &[(usize, L2Entry)]) -> bool {
+        let mut inner = lock(&self.inner);
+        let Some(slot) = self.slot_of(slice) else { return false };
+        self.change(slot, |words| {
+            for &(index, entry) in entries {
+                if self.geometry.extended_l2 {
+                    words[index * 2].store(entry.descriptor, Ordering::Relaxed);
+                    words[index * 2 + 1].store(entry.bitmap, Ordering::Relaxed);
+                } else {
+                    words[index].store(entry.descriptor, Ordering::Relaxed);
+                }
+            }
+        });
+        if inner.flags[slot] & DIRTY == 0 {
+            inner.flags[slot] |= DIRTY;
+            inner.dirty.push(slot as u32);
+        }
+        true
+    }
+
+    /// Drops clean slices from the cache. (None of them can be dirty: only tables of our own are changed.)
+    pub fn forget(&self, slices: std::ops::Range<SliceIndex>) {
+        let inner = lock(&self.inner);
+        for slot in (slices.start.0..slices.end.0).filter_map(|slice| self.slot_of(SliceIndex(slice))) {
+            debug_assert_eq!(inner.flags[slot], 0, "a table that is not ours was changed");
+            self.change(slot, |_| self.keys[slot].store(0, Ordering::Relaxed));
+        }
+    }
+
+    /// Number of dirty slices.
+    pub fn dirty_count(&self) -> usize {
+        lock(&self.inner).dirty.len()
+    }
+
+    /// Takes all dirty slices for writing, as they are now.
+    pub fn collect_dirty(&self) -> DirtySlices {
+        let mut inner = lock(&self.inner);
+        let slots = std::mem::take(&mut inner.dirty);
+        let mut slices: Vec<(SliceIndex, u32)> = Vec::with_capacity(slots.len());
+        for slot in slots {
+            let flags = &mut inner.flags[slot as usize];
+            *flags = *flags & !DIRTY | WRITING;
+            slices.push((SliceIndex(self.keys[slot as usize].load(Ordering::Relaxed) - 1), slot));
+        }
+        slices.sort_unstable();
+        let slice_bytes = self.words_per_slice * 8;
+        let mut bytes = Vec::with_capacity(slices.len() * slice_bytes);
+        for &(_, slot) in &slices {
+            for word in self.slot_words(slot as usize) {
+                bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
+            }
+        }
+        DirtySlices { slices, bytes, slice_bytes }
+    }
+
+    /// Ends the writing of collected slices; after a failure they are dirty again.
+    pub fn written(&self, slices: &DirtySlices, succeeded: bool) {
+        let mut inner = lock(&self.inner);
+        for &(_, slot) in &slices.slices {
+            let flags = &mut inner.flags[slot as usize];
+            *flags &= !WRITING;
+            if !succeeded && *flags & DIRTY == 0 {
+                *flags |= DIRTY;
+                inner.dirty.push(slot);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const G: Geometry = Geometry { version: 3, cluster_bits: 16, extended_l2: true, refcount_order: 4 };
+
+    fn entry(n: u64) -> L2Entry {
+        L2Entry { descriptor: n, bitmap: !n }
+    }
+
+    #[test]
+    fn a_slice_that_changes_while_it_is_written_stays_dirty() {
+        let cache = L2Cache::new(G, 1 << 20, 1 << 40);
+        assert!(!cache.update(SliceIndex(3), &[(0, entry(1))]), "not cached yet");
+        assert!(cache.install(SliceIndex(3), &[0; 4096]));
+        assert!(cache.update(SliceIndex(3), &[(7, entry(1))]));
+        let taken = cache.collect_dirty();
+        assert!(cache.update(SliceIndex(3), &[(8, entry(2))]));
+        cache.written(&taken, true);
+        assert_eq!(cache.dirty_count(), 1);
+        let (slice, bytes) = taken.runs(G).next().unwrap();
+        assert_eq!((slice, &bytes[7 * 16..7 * 16 + 8]), (SliceIndex(3), &1u64.to_be_bytes()[..]));
+        assert_eq!(bytes[8 * 16..9 * 16], [0; 16], "what came later is not in it");
+        cache.written(&cache.collect_dirty(), false);
+        assert_eq!(cache.dirty_count(), 1, "a failed write leaves it dirty");
+    }
+
+    #[test]
+    fn dirty_slices_are_not_evicted_and_clean_ones_are() {
+        let cache = L2Cache::new(G, 4 * 4096, 1 << 40);
+        assert_eq!(cache.slots(), 4);
+        for i in 0..4 {
+            assert!(cache.install(SliceIndex(i), &[0; 4096]));
+            assert!(cache.update(SliceIndex(i), &[(0, entry(i + 1))]));
+        }
+        assert!(!cache.install(SliceIndex(9), &[0; 4096]), "all are dirty");
+        let taken = cache.collect_dirty();
+        assert!(!cache.install(SliceIndex(9), &[0; 4096]), "all are being written");
+        cache.written(&taken, true);
+        assert!(cache.install(SliceIndex(9), &[0; 4096]));
+        let cached = (0..4).filter(|&i| cache.look(SliceIndex(i), |_| ()).is_some()).count();
+        assert_eq!(cached, 3);
+    }
+
+    #[test]
+    fn runs_join_neighbours_inside_a_table_only() {
+        let cache = L2Cache::new(G, 1 << 20, 1 << 40);
+        for i in [14, 15, 16, 17, 20] {
+            assert!(cache.install(SliceIndex(i), &[0; 4096]) && cache.update(SliceIndex(i), &[(0, entry(i))]));
+        }
+        let taken = cache.collect_dirty();
+        let runs: Vec<(u64, usize)> = taken.runs(G).map(|(s, b)| (s.0, b.len() / 4096)).collect();
+        assert_eq!(runs, [(14, 2), (16, 2), (20, 1)]); // a table has 16 slices
+    }
+
+    #[test]
+    fn readers_never_see_half_an_entry() {
+        let cache = L2Cache::new(G, 1 << 20, 1 << 40);
+        assert!(cache.install(SliceIndex(0), &[0; 4096]) && cache.update(SliceIndex(0), &[(5, entry(0))]));
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..200_000).for_each(|n| assert!(cache.update(SliceIndex(0), &[(5, entry(n))]))));
+            for _ in 0..200_000 {
+                let seen = cache.look(SliceIndex(0), |view| view.entry(5)).unwrap();
+                assert_eq!(seen, entry(seen.descriptor));
+            }
+        });
+    }
+}

@@ -1,0 +1,262 @@
+//! The mapping tables of one image file: L1, cached L2 slices, cached refcount blocks, and the order in which their
+//! changes reach the disk ([`order`]).
+
+pub mod file;
+pub mod l1;
+pub mod l2;
+pub mod order;
+pub mod refcounts;
+
+use std::ops::ControlFlow;
+
+use crate::error::{Corruption, CorruptionKind, Error, Result};
+use crate::format::l2::decode_l1;
+use crate::format::{ClusterState, Geometry, GuestOffset, Header, Host, HostOffset, L1Index, L2Entry, SliceIndex};
+use crate::plan::Span;
+use crate::plan::read::{Run, Source, continues, run_at};
+use crate::storage::{Io, IoDst};
+use crate::wait::Claims;
+
+use file::HostFile;
+use l1::L1Table;
+use l2::{L2Cache, SliceView};
+use order::Order;
+use refcounts::Refcounts;
+
+/// A big-endian word of a table; `bytes` are eight.
+fn word(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |word, &byte| word << 8 | u64::from(byte))
+}
+
+/// Result of a lookup that does no I/O.
+pub enum Found<T> {
+    /// What was asked for.
+    Hit(T),
+    /// This slice has to be loaded first.
+    Miss(SliceIndex),
+}
+
+/// State of one guest cluster, as the planner wants it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Looked {
+    /// The decoded entry; COPIED only counts if the L2 table is ours as well.
+    pub state: ClusterState,
+    /// The entry as stored.
+    pub entry: L2Entry,
+}
+
+/// The tables of one open image file.
+pub struct Tables {
+    /// Shape of the image.
+    pub geometry: Geometry,
+    /// The file itself.
+    pub file: HostFile,
+    /// The active L1 table.
+    pub l1: L1Table,
+    /// Cached L2 slices.
+    pub l2: L2Cache,
+    /// Cached refcounts.
+    pub refcounts: Refcounts,
+    /// What reaches the disk when.
+    pub order: Order,
+    slice_loads: Claims,
+    size_bytes: u64,
+}
+
+impl Tables {
+    /// Reads what an accepted header points to: the L1 table, in one go. Everything else comes on demand.
+    pub async fn load<I: Io>(
+        io: &I,
+        file: HostFile,
+        header: &Header,
+        l2_cache_bytes: u64,
+        refcount_cache_bytes: u64,
+    ) -> Result<Self> {
+        let l1 = L1Table::load(io, &file, header.l1_offset, u64::from(header.l1_entries)).await?;
+        Ok(Self {
+            geometry: header.geometry,
+            l2: L2Cache::new(header.geometry, l2_cache_bytes, header.size_bytes),
+            refcounts: Refcounts::new(header, &l1, refcount_cache_bytes),
+            order: Order::default(),
+            slice_loads: Claims::default(),
+            size_bytes: header.size_bytes,
+            file,
+            l1,
+        })
+    }
+
+    /// Size of the guest disk.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// The run of bytes with one source that starts at `offset`, at most `max` long and inside one slice (or, where
+    /// there are no L2 tables, over as many of them as are missing).
+    #[inline]
+    pub fn run(&self, offset: GuestOffset, max: u64) -> Result<Found<Run>> {
+        let index = self.geometry.l1_index(offset);
+        if self.l1.get(index) == 0 {
+            return Ok(Found::Hit(self.missing_tables(index, offset, max)));
+        }
+        self.scan(offset, max, |_| true)
+    }
+
+    /// As [`Tables::run`], but only data that may be overwritten in place; `None` where the first byte may not.
+    #[inline]
+    pub fn run_in_place(&self, offset: GuestOffset, max: u64) -> Result<Found<Option<(HostOffset, u64)>>> {
+        let (_, ours) = self.table(self.geometry.l1_index(offset))?;
+        if !ours {
+            return Ok(Found::Hit(None));
+        }
+        let is_ours = |state: &ClusterState| matches!(state.host, Host::Cluster { copied: true, .. });
+        Ok(match self.scan(offset, max, is_ours)? {
+            Found::Miss(slice) => Found::Miss(slice),
+            Found::Hit(Run { source: Source::Data(host), length_bytes }) if length_bytes > 0 => {
+                Found::Hit(Some((host, length_bytes)))
+            }
+            Found::Hit(_) => Found::Hit(None),
+        })
+    }
+
+    fn missing_tables(&self, first: L1Index, offset: GuestOffset, max: u64) -> Run {
+        let covers = self.geometry.l2_table_covers_bytes();
+        let mut length = covers - (offset.0 & (covers - 1));
+        let mut index = first.0 + 1;
+        while length < max && self.l1.get(L1Index(index)) == 0 {
+            length = length.saturating_add(covers);
+            index += 1;
+        }
+        Run { source: Source::Unallocated(None), length_bytes: length.min(max) }
+    }
+
+    /// Joins the runs of clusters from `offset` on inside its slice, as far as `accept` holds for their states; a
+    /// run of length 0 if it does not hold for the first.
+    #[inline]
+    fn scan(&self, offset: GuestOffset, max: u64, accept: impl Fn(&ClusterState) -> bool) -> Result<Found<Run>> {
+        let geometry = self.geometry;
+        let slice = geometry.slice_index(offset);
+        let max = crate::plan::split(geometry, offset, max);
+        let found = self.l2.look(slice, |view| {
+            let mut joined = Run { source: Source::Unallocated(None), length_bytes: 0 };
+            let mut at = offset;
+            while joined.length_bytes < max {
+                let step = scan_cluster(geometry, view, at, max - joined.length_bytes, &joined, &accept)?;
+                let ControlFlow::Continue(run) = step else { break };
+                if joined.length_bytes == 0 {
+                    joined.source = run.source;
+                }
+                joined.length_bytes += run.length_bytes;
+                at = at.plus(run.length_bytes);
+                if geometry.in_cluster(at) != 0 {
+                    break; // the run ended inside a cluster
+                }
+            }
+            Ok(joined)
+        });
+        match found {
+            None => Ok(Found::Miss(slice)),
+            Some(Ok(run)) => Ok(Found::Hit(run)),
+            Some(Err((kind, at, value))) => Err(self.corrupt_entry(kind, at, value)),
+        }
+    }
+
+    /// State of the cluster that `offset` lies in. The L2 table must exist.
+    pub fn state(&self, offset: GuestOffset) -> Result<Found<Looked>> {
+        let (_, ours) = self.table(self.geometry.l1_index(offset))?;
+        let slice = self.geometry.slice_index(offset);
+        let entry = self.l2.look(slice, |view| view.entry(self.geometry.entry_in_slice(offset)));
+        let Some(entry) = entry else { return Ok(Found::Miss(slice)) };
+        let mut state =
+            entry.decode(self.geometry).map_err(|kind| self.corrupt_entry(kind, offset, entry.descriptor))?;
+        if let Host::Cluster { copied, .. } = &mut state.host {
+            *copied &= ours;
+        }
+        Ok(Found::Hit(Looked { state, entry }))
+    }
+
+    /// Host offset of the L2 table behind an L1 entry (0: none), and whether it belongs to the active state alone.
+    #[inline]
+    pub fn table(&self, index: L1Index) -> Result<(HostOffset, bool)> {
+        let entry = self.l1.get(index);
+        decode_l1(entry, self.geometry).map_err(|kind| {
+            let guest_offset = Some(index.0 * self.geometry.l2_table_covers_bytes());
+            let host_offset = self.l1.entry_offset(index).0;
+            Error::Corrupt(Corruption { kind, host_offset, guest_offset, value: entry })
+        })
+    }
+
+    /// Brings a slice into the cache. Its L2 table must exist.
+    pub async fn load_slice<I: Io>(&self, io: &I, slice: SliceIndex) -> Result<()> {
+        let _loading = self.slice_loads.claim(slice.0..slice.0 + 1).await;
+        if self.l2.look(slice, |_| ()).is_some() {
+            return Ok(());
+        }
+        let index = self.geometry.l1_index_of_slice(slice);
+        let (table, _) = self.table(index)?;
+        let at = table.plus(self.geometry.slice_offset_in_table(slice));
+        let mut bytes = vec![0u8; self.geometry.slice_bytes() as usize];
+        let got = self.file.read(io, &[IoDst::from(&mut bytes[..])], at).await?;
+        if got < bytes.len() {
+            let guest_offset = Some(slice.0 * self.geometry.slice_covers_bytes());
+            let (kind, host_offset) = (CorruptionKind::L2TableBeyondEof, self.l1.entry_offset(index).0);
+            return Err(Error::Corrupt(Corruption { kind, host_offset, guest_offset, value: table.0 }));
+        }
+        while !self.l2.install(slice, &bytes) {
+            self.write_back(io).await?;
+        }
+        Ok(())
+    }
+
+    /// The error for a malformed entry, with its place.
+    pub fn corrupt_entry(&self, kind: CorruptionKind, guest: GuestOffset, value: u64) -> Error {
+        let slice = self.geometry.slice_index(guest);
+        let table = self.table(self.geometry.l1_index(guest)).map_or(0, |(table, _)| table.0);
+        let entry = self.geometry.entry_in_slice(guest) as u64 * self.geometry.l2_entry_bytes();
+        let host_offset = table + self.geometry.slice_offset_in_table(slice) + entry;
+        let guest_offset = Some(guest.0 - self.geometry.in_cluster(guest));
+        Error::Corrupt(Corruption { kind, host_offset, guest_offset, value })
+    }
+}
+
+type BadEntry = (CorruptionKind, GuestOffset, u64);
+
+/// One step of [`Tables::scan`]: the run at `at`, or the end of the joined run.
+#[inline]
+fn scan_cluster(
+    geometry: Geometry,
+    view: &SliceView<'_>,
+    at: GuestOffset,
+    max: u64,
+    joined: &Run,
+    accept: impl Fn(&ClusterState) -> bool,
+) -> std::result::Result<ControlFlow<(), Run>, BadEntry> {
+    let is_first = joined.length_bytes == 0;
+    let entry = view.entry(geometry.entry_in_slice(at));
+    let state = match entry.decode(geometry) {
+        Ok(state) => state,
+        Err(kind) if is_first => return Err((kind, at, entry.descriptor)),
+        Err(_) => return Ok(ControlFlow::Break(())), // whoever asks for that cluster gets the error
+    };
+    if !accept(&state) {
+        return Ok(ControlFlow::Break(()));
+    }
+    let start = geometry.in_cluster(at);
+    let end = geometry.cluster_size_bytes().min(start.saturating_add(max));
+    let run = run_at(geometry, state, Span { start, end });
+    if !is_first && !continues(joined, &run) {
+        return Ok(ControlFlow::Break(()));
+    }
+    Ok(ControlFlow::Continue(run))
+}
+
+impl Tables {
+    /// Publishes a new L2 table in memory. What is cached of the old one is forgotten: its COPIED flags meant nothing.
+    pub async fn replace_table(&self, index: L1Index, entry: u64) {
+        let slices = self.geometry.slices_per_table();
+        let first = index.0 * slices;
+        // No load may be under way that has read the old table and not yet installed it.
+        let _loading = self.slice_loads.claim(first..first + slices).await;
+        self.l1.set(index, entry);
+        self.l2.forget(SliceIndex(first)..SliceIndex(first + slices));
+    }
+}

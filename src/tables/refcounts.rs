@@ -1,0 +1,402 @@
+//! The refcount table, whole in memory once it is needed, and a bounded cache of refcount blocks.
+//!
+//! [`RefcountState`] is plain memory behind a lock; what it needs from disk it asks for by name ([`Need`]), and the
+//! caller loads it outside of the lock. Blocks that were added, or a table that moved, exist in memory first; the
+//! write-back in `order` makes them reachable on disk in the right order.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
+use std::sync::Mutex;
+
+use super::file::HostFile;
+use super::l1::L1Table;
+use crate::error::{Corruption, CorruptionKind, Error, Result};
+use crate::format::{Geometry, Header, HostCluster, HostOffset, refcount};
+use crate::storage::{Io, IoDst};
+use crate::wait::{Claims, lock};
+
+/// Bits of a refcount table entry that are not an offset.
+const TABLE_RESERVED: u64 = 0x1ff;
+/// Largest refcount table, in bytes (QEMU's limit, so that it can open what we grow).
+pub const TABLE_BYTES_MAX: u64 = 8 << 20;
+/// Blocks that may be cached whatever the budget is: growing touches two at once.
+const BLOCKS_MIN: usize = 4;
+
+/// What has to be loaded before an answer can be given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// The refcount table.
+    Table,
+    /// This refcount block.
+    Block(u64),
+}
+
+struct Block {
+    bytes: Box<[u8]>,
+    dirty: Range<usize>, // bytes changed since the last write; empty if clean
+    writing: bool,
+    used: u64,
+}
+
+/// The refcounts as the allocator works with them.
+pub struct RefcountState {
+    geometry: Geometry,
+    loaded: bool,
+    table: Vec<u64>,
+    table_offset: HostOffset,
+    table_clusters: u64,
+    dirty_sectors: BTreeSet<u64>,
+    moved: bool,
+    retired: Vec<Range<u64>>, // clusters of tables that were moved away from, until the header says so durably
+    blocks: HashMap<u64, Block>,
+    blocks_max: usize,
+    clock: u64,
+    fixed: Vec<Range<u64>>, // clusters of header, L1 and snapshot table
+    /// Clusters whose refcount is to be lowered as soon as their block is at hand.
+    pub give_back: Vec<HostCluster>,
+    /// No cluster below this one is free.
+    pub hint: HostCluster,
+    /// Where the search for runs of several clusters goes on: holes below were too short for an earlier one.
+    pub run_hint: HostCluster,
+}
+
+/// The cache: the state behind its lock, and the loading of what it needs.
+pub struct Refcounts {
+    state: Mutex<RefcountState>,
+    loads: Claims,
+}
+
+/// Parts of refcount blocks and of the table, taken for writing.
+#[derive(Default)]
+pub struct DirtyRefcounts {
+    blocks: Vec<(u64, HostOffset, usize, Vec<u8>)>, // index, place of the block, start inside it, bytes
+    table_at: HostOffset,                           // where the table is while it is not moved
+    table: Vec<(u64, Vec<u8>)>,                     // its changed sectors
+    moved: Option<(HostOffset, u64, Vec<u8>)>,      // the whole table at its new place, with its clusters
+    retired: Vec<Range<u64>>,
+}
+
+impl DirtyRefcounts {
+    /// Whether there is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty() && !self.publishes()
+    }
+
+    /// Whether blocks, or the table itself, have to be made reachable.
+    pub fn publishes(&self) -> bool {
+        !self.table.is_empty() || self.moved.is_some()
+    }
+}
+
+impl RefcountState {
+    /// The geometry of the image.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Entries that the table has room for.
+    pub fn table_capacity(&self) -> u64 {
+        self.table.len() as u64
+    }
+
+    fn split(&self, cluster: HostCluster) -> (u64, usize) {
+        let bits = self.geometry.refcount_block_bits();
+        (cluster.0 >> bits, (cluster.0 & ((1 << bits) - 1)) as usize)
+    }
+
+    /// First cluster that block `index` counts.
+    pub fn block_start(&self, index: u64) -> HostCluster {
+        HostCluster(index << self.geometry.refcount_block_bits())
+    }
+
+    /// Whether block `index` exists, once the table is loaded.
+    pub fn has_block(&self, index: u64) -> std::result::Result<bool, Need> {
+        if !self.loaded {
+            return Err(Need::Table);
+        }
+        Ok(self.table.get(index as usize).is_some_and(|&entry| entry != 0))
+    }
+
+    /// The bytes of an existing block.
+    pub fn block(&mut self, index: u64) -> std::result::Result<&[u8], Need> {
+        self.clock += 1;
+        let clock = self.clock;
+        let block = self.blocks.get_mut(&index).ok_or(Need::Block(index))?;
+        block.used = clock;
+        Ok(&block.bytes)
+    }
+
+    /// Refcount of a cluster; 0 where there is no block.
+    pub fn get(&mut self, cluster: HostCluster) -> std::result::Result<u64, Need> {
+        let (index, entry) = self.split(cluster);
+        if !self.has_block(index)? {
+            return Ok(0);
+        }
+        let order = self.geometry.refcount_order;
+        Ok(refcount::get(self.block(index)?, order, entry))
+    }
+
+    /// Sets the refcount of a cluster whose block is cached.
+    pub fn set(&mut self, cluster: HostCluster, value: u64) -> std::result::Result<(), Need> {
+        let (index, entry) = self.split(cluster);
+        let order = self.geometry.refcount_order;
+        self.block(index)?;
+        let block = self.blocks.get_mut(&index).ok_or(Need::Block(index))?;
+        refcount::set(&mut block.bytes, order, entry, value);
+        let range = refcount::byte_range(order, entry);
+        block.dirty = if block.dirty.is_empty() {
+            range
+        } else {
+            block.dirty.start.min(range.start)..block.dirty.end.max(range.end)
+        };
+        Ok(())
+    }
+
+    /// Lowers a refcount by one.
+    pub fn lower(&mut self, cluster: HostCluster) -> Result<std::result::Result<(), Need>> {
+        let count = match self.get(cluster) {
+            Ok(0) => return Err(self.corrupt(CorruptionKind::RefcountUnderflow, cluster)),
+            Ok(count) => count,
+            Err(need) => return Ok(Err(need)),
+        };
+        if count == 1 {
+            self.hint = self.hint.min(cluster);
+            self.run_hint = self.run_hint.min(cluster);
+        }
+        Ok(self.set(cluster, count - 1))
+    }
+
+    /// The error for a cluster whose count is wrong.
+    pub fn corrupt(&self, kind: CorruptionKind, cluster: HostCluster) -> Error {
+        let (index, _) = self.split(cluster);
+        let host_offset = self.table.get(index as usize).copied().unwrap_or(0);
+        let value = self.geometry.host_offset(cluster).0;
+        Error::Corrupt(Corruption { kind, host_offset, guest_offset: None, value })
+    }
+
+    /// Adds block `index`, all zero, in host cluster `at`. The caller counts that cluster.
+    pub fn add_block(&mut self, index: u64, at: HostCluster) {
+        self.clock += 1;
+        let size = self.geometry.cluster_size_bytes() as usize;
+        let block = Block { bytes: vec![0; size].into(), dirty: 0..size, writing: false, used: self.clock };
+        self.blocks.insert(index, block);
+        self.table[index as usize] = self.geometry.host_offset(at).0;
+        self.dirty_sectors.insert(index / 64);
+    }
+
+    /// Moves the table to `at`, `clusters` long. The caller counts those clusters; the old ones are given back once
+    /// the header points to the new place.
+    pub fn move_table(&mut self, at: HostCluster, clusters: u64) {
+        let first = self.geometry.host_cluster(self.table_offset).0;
+        self.retired.push(first..first + self.table_clusters);
+        self.table_offset = self.geometry.host_offset(at);
+        self.table_clusters = clusters;
+        self.table.resize((clusters * self.geometry.cluster_size_bytes() / 8) as usize, 0);
+        self.moved = true;
+    }
+
+    /// Whether a run of clusters, counted as free, holds metadata (the constant part of QEMU's overlap check).
+    pub fn overlaps_metadata(&self, run: &Range<u64>) -> bool {
+        let table = self.geometry.host_cluster(self.table_offset).0;
+        let table = table..table + self.table_clusters;
+        let mut ranges = self.fixed.iter().chain(&self.retired).chain(std::iter::once(&table));
+        let (index, _) = self.split(HostCluster(run.start));
+        let own_block = self.table.get(index as usize).map_or(0, |&offset| offset >> self.geometry.cluster_bits);
+        run.contains(&own_block) || ranges.any(|r| r.start < run.end && run.start < r.end)
+    }
+
+    /// Number of blocks that wait for being written.
+    pub fn dirty_blocks(&self) -> usize {
+        self.blocks.values().filter(|b| !b.dirty.is_empty()).count()
+    }
+
+    fn evict_to_fit(&mut self) {
+        while self.blocks.len() >= self.blocks_max {
+            let clean = self.blocks.iter().filter(|(_, b)| b.dirty.is_empty() && !b.writing);
+            let Some((&index, _)) = clean.min_by_key(|(_, b)| b.used) else { return };
+            self.blocks.remove(&index);
+        }
+    }
+
+    fn table_bytes(&self, sector: Option<u64>) -> Vec<u8> {
+        let entries = match sector {
+            Some(s) => &self.table[(s * 64) as usize..self.table.len().min((s as usize + 1) * 64)],
+            None => &self.table[..],
+        };
+        entries.iter().flat_map(|e| e.to_be_bytes()).collect()
+    }
+}
+
+impl Refcounts {
+    /// A cache of at most `budget_bytes` of blocks.
+    pub fn new(header: &Header, l1: &L1Table, budget_bytes: u64) -> Self {
+        let geometry = header.geometry;
+        let clusters = |from: HostOffset, to: HostOffset| {
+            geometry.host_cluster(from).0..to.0.div_ceil(geometry.cluster_size_bytes())
+        };
+        let l1 = l1.host_range();
+        let mut fixed = vec![0..1, clusters(l1.start, l1.end)];
+        if header.snapshots > 0 {
+            fixed.push(clusters(header.snapshots_offset, header.snapshots_offset.plus(1)));
+        }
+        let blocks_max = (budget_bytes / geometry.cluster_size_bytes()) as usize;
+        let state = RefcountState {
+            geometry,
+            loaded: false,
+            table: Vec::new(),
+            table_offset: header.refcount_table_offset,
+            table_clusters: u64::from(header.refcount_table_clusters),
+            dirty_sectors: BTreeSet::new(),
+            moved: false,
+            retired: Vec::new(),
+            blocks: HashMap::new(),
+            blocks_max: blocks_max.max(BLOCKS_MIN),
+            clock: 0,
+            fixed,
+            give_back: Vec::new(),
+            hint: HostCluster(0),
+            run_hint: HostCluster(0),
+        };
+        Self { state: Mutex::new(state), loads: Claims::default() }
+    }
+
+    /// Runs `f` on the state; nothing in it may wait.
+    pub fn with<R>(&self, f: impl FnOnce(&mut RefcountState) -> R) -> R {
+        f(&mut lock(&self.state))
+    }
+
+    /// Whether so many blocks are dirty that they should be written before more become so.
+    pub fn wants_write_back(&self) -> bool {
+        self.with(|s| s.dirty_blocks() * 2 >= s.blocks_max)
+    }
+
+    /// Loads what the state asked for.
+    pub async fn load<I: Io>(&self, io: &I, file: &HostFile, need: Need) -> Result<()> {
+        match need {
+            Need::Table => self.load_table(io, file).await,
+            Need::Block(index) => self.load_block(io, file, index).await,
+        }
+    }
+
+    async fn load_table<I: Io>(&self, io: &I, file: &HostFile) -> Result<()> {
+        let _loading = self.loads.claim_all().await;
+        let (loaded, offset, bytes) =
+            self.with(|s| (s.loaded, s.table_offset, s.table_clusters * s.geometry.cluster_size_bytes()));
+        if loaded {
+            return Ok(());
+        }
+        let mut bytes = vec![0u8; bytes as usize];
+        // Its place was checked; what the file lacks of its last cluster reads as zeroes.
+        file.read(io, &[IoDst::from(&mut bytes[..])], offset).await?;
+        self.with(|s| {
+            s.table = bytes.chunks_exact(8).map(super::word).collect();
+            s.loaded = true;
+        });
+        Ok(())
+    }
+
+    async fn load_block<I: Io>(&self, io: &I, file: &HostFile, index: u64) -> Result<()> {
+        let _loading = self.loads.claim(index..index + 1).await;
+        let (cached, geometry, entry, entry_offset) = self.with(|s| {
+            let entry = s.table.get(index as usize).copied().unwrap_or(0);
+            (s.blocks.contains_key(&index), s.geometry, entry, s.table_offset.plus(index * 8).0)
+        });
+        if cached {
+            return Ok(());
+        }
+        let corrupt =
+            |kind| Error::Corrupt(Corruption { kind, host_offset: entry_offset, guest_offset: None, value: entry });
+        if entry & TABLE_RESERVED != 0 || entry & (geometry.cluster_size_bytes() - 1) != 0 || entry == 0 {
+            return Err(corrupt(CorruptionKind::RefcountTableEntry));
+        }
+        let mut bytes = vec![0u8; geometry.cluster_size_bytes() as usize];
+        let got = file.read(io, &[IoDst::from(&mut bytes[..])], HostOffset(entry)).await?;
+        if got < bytes.len() {
+            return Err(corrupt(CorruptionKind::RefcountBlockBeyondEof));
+        }
+        self.with(|s| {
+            s.evict_to_fit();
+            s.clock += 1;
+            let used = s.clock;
+            s.blocks.entry(index).or_insert(Block { bytes: bytes.into(), dirty: 0..0, writing: false, used });
+        });
+        Ok(())
+    }
+
+    /// Takes everything that changed for writing, as it is now.
+    pub fn collect_dirty(&self) -> DirtyRefcounts {
+        self.with(|s| {
+            let mut taken = DirtyRefcounts { table_at: s.table_offset, ..DirtyRefcounts::default() };
+            for (&index, block) in &mut s.blocks {
+                if block.dirty.is_empty() {
+                    continue;
+                }
+                // Whole sectors, so that a torn write cannot split an entry of any width.
+                let range = block.dirty.start / 512 * 512..block.dirty.end.next_multiple_of(512);
+                let at = HostOffset(s.table[index as usize]);
+                taken.blocks.push((index, at, range.start, block.bytes[range].to_vec()));
+                block.dirty = 0..0;
+                block.writing = true;
+            }
+            taken.blocks.sort_unstable_by_key(|b| b.0);
+            let sectors = std::mem::take(&mut s.dirty_sectors);
+            if std::mem::take(&mut s.moved) {
+                taken.moved = Some((s.table_offset, s.table_clusters, s.table_bytes(None)));
+                taken.retired = std::mem::take(&mut s.retired);
+            } else {
+                taken.table = sectors.into_iter().map(|sector| (sector, s.table_bytes(Some(sector)))).collect();
+            }
+            taken
+        })
+    }
+
+    /// Ends the writing of what was collected; after a failure it is dirty again.
+    pub fn written(&self, taken: DirtyRefcounts, succeeded: bool) {
+        self.with(|s| {
+            for (index, _, start, bytes) in taken.blocks {
+                let Some(block) = s.blocks.get_mut(&index) else { continue };
+                block.writing = false;
+                if !succeeded {
+                    let failed = start..start + bytes.len();
+                    let was = if block.dirty.is_empty() { failed.clone() } else { block.dirty.clone() };
+                    block.dirty = failed.start.min(was.start)..failed.end.max(was.end);
+                }
+            }
+            let retired = taken.retired;
+            if succeeded {
+                s.give_back.extend(retired.into_iter().flatten().map(HostCluster));
+            } else {
+                s.dirty_sectors.extend(taken.table.iter().map(|(sector, _)| *sector));
+                s.moved |= taken.moved.is_some();
+                s.retired.extend(retired);
+            }
+        });
+    }
+
+    /// Writes the blocks that were collected, and a moved table at its new place, where nothing points to yet.
+    pub async fn write_blocks<I: Io>(&self, io: &I, file: &HostFile, taken: &DirtyRefcounts) -> Result<()> {
+        for (_, at, start, bytes) in &taken.blocks {
+            file.write_bytes(io, bytes, at.plus(*start as u64)).await?;
+        }
+        if let Some((at, _, bytes)) = &taken.moved {
+            file.write_bytes(io, bytes, *at).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes new blocks (or the moved table) reachable. They must be durable. `false`: there was nothing to do.
+    pub async fn publish<I: Io>(&self, io: &I, file: &HostFile, taken: &DirtyRefcounts) -> Result<bool> {
+        if let Some((at, clusters, _)) = &taken.moved {
+            // refcount_table_offset and refcount_table_clusters lie side by side in the header's first sector (D1).
+            let mut root = [0u8; 12];
+            root[..8].copy_from_slice(&at.0.to_be_bytes());
+            root[8..].copy_from_slice(&(*clusters as u32).to_be_bytes());
+            file.write_bytes(io, &root, HostOffset(crate::format::header::OFFSET_REFCOUNT_TABLE)).await?;
+            return Ok(true);
+        }
+        for (sector, bytes) in &taken.table {
+            file.write_bytes(io, bytes, taken.table_at.plus(sector * 512)).await?;
+        }
+        Ok(!taken.table.is_empty())
+    }
+}
