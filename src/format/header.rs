@@ -513,3 +513,6 @@ fn parse_names(cluster: &[u8], header_length: usize) -> Result<(Option<BackingNa
     let format = extension::backing_format(&extensions)?;
     Ok((Some(BackingName { name, format }), extensions))
 }
+
+#[cfg(test)]
+mod tests;
