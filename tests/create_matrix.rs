@@ -101,7 +101,7 @@ fn cases() -> Vec<Case> {
             }
             for order in 0..=6 {
                 // Half of them, such that each pair of choices meets every cluster size and every width.
-                if !full && ((choice & 7_u32).count_ones() + order + bits) % 2 != 0 {
+                if !full && !((choice & 7_u32).count_ones() + order + bits).is_multiple_of(2) {
                     continue;
                 }
                 add(1 << order, 3, extended_l2, lazy, zstd, backing);

@@ -1,8 +1,12 @@
 //! Malformed headers: each is refused with an error that names what is wrong, and nothing is written.
 
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
 use qcow2::error::{Error, ErrorCode, Result};
 use qcow2::format::Header;
-use qcow2::image::{CreateOptions, create_with, load_header};
+use qcow2::image::{CreateOptions, Image, OpenOptions, create_with, load_header};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
 use qcow2::wait::block_on;
@@ -28,15 +32,32 @@ impl Storage for Untouchable {
     }
 }
 
-/// Everything that an open checks before it looks at a table.
+/// The three checks of a header, and the opens that are made of them: they agree, and none of them writes.
 fn open(bytes: &[u8]) -> Result<Header> {
-    let storage = Untouchable(MemoryStorage::new(bytes.to_vec()));
-    let result = block_on(async {
-        let header = load_header(&Blocking, &storage).await?;
+    let storage = Arc::new(Untouchable(MemoryStorage::new(bytes.to_vec())));
+    let loaded = block_on(load_header(&Blocking, &*storage));
+    let result = loaded.clone().and_then(|header| {
         header.check_supported()?;
         header.check_placement(bytes.len() as u64)?;
         Ok(header)
     });
+    for (read_only, inspect) in [(false, false), (true, false), (false, true)] {
+        let base: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+        let options = OpenOptions { read_only, inspect, backing_storages: vec![base], ..Default::default() };
+        let opened = Image::open_storage(storage.clone(), &options);
+        let expected = if inspect { loaded.as_ref().err() } else { result.as_ref().err() };
+        match (opened, expected) {
+            (Err(found), Some(expected)) => assert_eq!(found, *expected, "read_only {read_only}, inspect {inspect}"),
+            (Ok(_), Some(expected)) => panic!("opened in spite of: {expected}"),
+            (Err(found), None) => {
+                // Sound, but not to be written, or with a table that is refused for what is in it.
+                let allowed = matches!(found, Error::MarkedCorrupt | Error::NeedsRepair if !read_only)
+                    || matches!(found, Error::Corrupt(_) | Error::BackingFormat { .. } | Error::Unsupported { .. });
+                assert!(allowed && !inspect, "read_only {read_only}: {found}");
+            }
+            (Ok(image), None) => image.close().unwrap(),
+        }
+    }
     assert_eq!(storage.0.snapshot(), bytes);
     result
 }
@@ -339,4 +360,36 @@ fn each_bit_flipped() {
         }
     }
     assert!(refused > 400, "{refused}");
+}
+
+/// The same through a path: the file's bytes and its time of modification stay.
+#[test]
+fn a_refused_file_is_left_as_it_was() {
+    let dir = std::env::temp_dir().join(format!("libqcow2-malformed-{}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    let path = dir.join("image");
+    let good = sample(&[]);
+    let changed = |at: usize, width: usize, value: u64| {
+        let mut bytes = good.clone();
+        put(&mut bytes, at, width, value);
+        bytes
+    };
+    let dirty_and_unknown = {
+        let mut bytes = changed(72, 8, 1 | 1 << 60);
+        put(&mut bytes, 88, 8, 1 << 63); // an autoclear bit that a first write would clear
+        bytes
+    };
+    let v2 = sample(&[("compat", "v2")]);
+    let cases = [changed(20, 4, 30), changed(40, 8, 77), changed(72, 8, 2), dirty_and_unknown, v2[..100].to_vec()];
+    for (i, bytes) in cases.iter().enumerate() {
+        fs::write(&path, bytes).unwrap();
+        let before = fs::metadata(&path).unwrap().modified().unwrap();
+        for options in [OpenOptions::default(), OpenOptions { inspect: true, ..Default::default() }] {
+            let result = Image::open(Path::new(&path), &options);
+            assert!(result.is_err() || options.inspect, "case {i}");
+        }
+        assert_eq!(fs::read(&path).unwrap(), *bytes, "case {i}");
+        assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), before, "case {i}");
+    }
+    fs::remove_dir_all(&dir).unwrap();
 }

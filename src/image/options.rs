@@ -177,7 +177,7 @@ impl OpenOptions {
     }
 }
 
-/// Deepest chain that can be asked for: opening goes down the chain recursively.
+/// Deepest chain that can be asked for: each file of it costs a descriptor.
 const DEPTH_MAX: u32 = 1000;
 
 /// Version of the format, under the names that `qemu-img` has for them.
