@@ -196,6 +196,24 @@ pub enum Error {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// An argument of a call has a value that it cannot have.
+    ArgumentValue {
+        /// Name of the argument.
+        name: &'static str,
+        /// The value.
+        value: String,
+        /// What it should have been.
+        expected: &'static str,
+    },
+    /// An option was set that the call does not use.
+    OptionUnused {
+        /// The key.
+        key: String,
+        /// What the call does.
+        here: &'static str,
+        /// What the option is for.
+        there: &'static str,
+    },
     /// No option of that name exists.
     UnknownOption {
         /// The key.
@@ -266,9 +284,9 @@ pub enum ErrorCode {
     Poisoned = 11,
     /// [`Error::OutOfRange`].
     OutOfRange = 12,
-    /// [`Error::Argument`] and [`Error::Path`].
+    /// [`Error::Argument`], [`Error::ArgumentValue`] and [`Error::Path`].
     Argument = 13,
-    /// [`Error::UnknownOption`] and [`Error::OptionValue`].
+    /// [`Error::UnknownOption`], [`Error::OptionValue`] and [`Error::OptionUnused`].
     Option = 14,
     /// [`Error::TooLarge`].
     TooLarge = 15,
@@ -304,8 +322,8 @@ impl Error {
             Self::ReadOnly | Self::InspectOnly => ErrorCode::ReadOnly,
             Self::Poisoned { .. } => ErrorCode::Poisoned,
             Self::OutOfRange { .. } => ErrorCode::OutOfRange,
-            Self::Argument { .. } | Self::Path { .. } => ErrorCode::Argument,
-            Self::UnknownOption { .. } | Self::OptionValue { .. } => ErrorCode::Option,
+            Self::Argument { .. } | Self::ArgumentValue { .. } | Self::Path { .. } => ErrorCode::Argument,
+            Self::UnknownOption { .. } | Self::OptionValue { .. } | Self::OptionUnused { .. } => ErrorCode::Option,
             Self::TooLarge { .. } => ErrorCode::TooLarge,
             Self::Exists { .. } => ErrorCode::Exists,
             Self::Panic { .. } => ErrorCode::Panic,
@@ -319,7 +337,7 @@ impl Error {
             Self::Corrupt(_) | Self::MarkedCorrupt | Self::Poisoned { .. } | Self::Panic { .. } => libc::EIO,
             Self::Header { .. } | Self::NotQcow2 { .. } | Self::OutOfRange { .. } => libc::EINVAL,
             Self::Argument { .. } | Self::UnknownOption { .. } | Self::OptionValue { .. } => libc::EINVAL,
-            Self::Path { .. } => libc::EINVAL,
+            Self::ArgumentValue { .. } | Self::OptionUnused { .. } | Self::Path { .. } => libc::EINVAL,
             Self::Unsupported { .. } | Self::BackingFormat { .. } => libc::ENOTSUP,
             Self::BackingDenied { .. } => libc::EACCES,
             Self::Backing { source, .. } => source.errno(),
@@ -394,6 +412,10 @@ impl fmt::Display for Error {
                 write!(f, "request of {length} bytes at guest offset {offset} reaches past the end of the image ({size} bytes)")
             }
             Self::Argument { name, why } => write!(f, "argument '{name}' {why}"),
+            Self::ArgumentValue { name, value, expected } => write!(f, "argument '{name}' is {value}: expected {expected}"),
+            Self::OptionUnused { key, here, there } => {
+                write!(f, "option '{key}' means nothing for {here}: it is for {there}; leave it out")
+            }
             Self::UnknownOption { key } => write!(f, "unknown option '{key}'"),
             Self::OptionValue { key, value, expected } => write!(f, "option '{key}' cannot be '{value}': expected {expected}"),
             Self::TooLarge { what, limit } => write!(f, "{what} would exceed the limit of {limit}"),

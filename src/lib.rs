@@ -16,6 +16,8 @@
 //! `error` and `wait` are leaves. `docs/design.md` is the long form of this page.
 
 pub mod alloc;
+#[cfg(feature = "capi")]
+pub mod capi;
 pub mod codec;
 pub mod error;
 pub mod format;

@@ -1,0 +1,72 @@
+# libqcow2: build, demo, check, install. Needs cargo and cc; check also python3, pkg-config and nm, and uses valgrind,
+# qemu-img and qemu-io where they are installed.
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+DESCRIPTION := $(shell sed -n 's/^description = "\(.*\)"/\1/p' Cargo.toml)
+SONAME := libqcow2.so.0
+SO := build/libqcow2.so.$(VERSION)
+
+PREFIX ?= /usr/local
+LIBDIR ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
+DESTDIR ?=
+
+CC ?= cc
+CFLAGS ?= -O2 -g
+CARGO ?= cargo
+CARGO_TARGET := $(or $(CARGO_TARGET_DIR),target)
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: build demo check install header clean fmt archive
+
+build: $(SO)
+
+# Cargo knows better than make whether anything changed; the copy is only touched if it did.
+archive:
+	@command -v $(CARGO) >/dev/null || { echo "make: cargo is not installed (see https://rustup.rs)" >&2; exit 1; }
+	@command -v $(CC) >/dev/null || { echo "make: no C compiler ($(CC)) is installed" >&2; exit 1; }
+	$(CARGO) build --release --locked -j $(JOBS) --features capi
+	@mkdir -p build
+	@cmp -s $(CARGO_TARGET)/release/libqcow2.a build/libqcow2.a || cp $(CARGO_TARGET)/release/libqcow2.a build/libqcow2.a
+
+build/libqcow2.a: archive
+
+# The shared library is linked from the static one: the linker call of rustc takes no second version script.
+$(SO): build/libqcow2.a libqcow2.map Makefile
+	$(CC) -shared -o $@ -Wl,-soname,$(SONAME) -Wl,--version-script=libqcow2.map \
+	    -Wl,--whole-archive build/libqcow2.a -Wl,--no-whole-archive \
+	    -Wl,--gc-sections -Wl,-z,relro,-z,now -Wl,--no-undefined -lgcc_s -lpthread -ldl -lm
+	ln -sf $(notdir $@) build/$(SONAME)
+	ln -sf $(SONAME) build/libqcow2.so
+
+build/subcluster_write: examples/subcluster_write.c include/qcow2.h $(SO)
+	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -Iinclude $< -o $@ -Lbuild -lqcow2 -Wl,-rpath,'$$ORIGIN'
+
+demo: build/subcluster_write
+	@examples/demo build/subcluster_write
+
+# Everything, with one line at the end: 'N passed, N failed'.
+check: build
+	@CC='$(CC)' CARGO='$(CARGO)' MAKE='$(MAKE)' JOBS=$(JOBS) tests/check
+
+install: build
+	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR)
+	install -m 755 $(SO) $(DESTDIR)$(LIBDIR)/
+	ln -sf $(notdir $(SO)) $(DESTDIR)$(LIBDIR)/$(SONAME)
+	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libqcow2.so
+	install -m 644 build/libqcow2.a $(DESTDIR)$(LIBDIR)/
+	install -m 644 include/qcow2.h $(DESTDIR)$(INCLUDEDIR)/
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|' \
+	    -e 's|@VERSION@|$(VERSION)|' -e 's|@DESCRIPTION@|$(DESCRIPTION)|' qcow2.pc.in \
+	    > $(DESTDIR)$(LIBDIR)/pkgconfig/qcow2.pc
+
+# Writes include/qcow2.h anew from the comments in src/capi/.
+header:
+	$(CARGO) check --locked -j $(JOBS) --features header
+
+fmt:
+	$(CARGO) fmt --all
+
+clean:
+	$(CARGO) clean
+	rm -rf build

@@ -1,0 +1,864 @@
+/*
+ * libqcow2: read and write qcow2 images.
+ *
+ * Generated from src/capi/ of the library, do not edit. What is not in this file is not part of the interface.
+ *
+ *     #include <qcow2.h>
+ *     #include <stdio.h>
+ *
+ *     int main(void)
+ *     {
+ *         qcow2_image *image;
+ *         char sector[512];
+ *
+ *         if (qcow2_create("disk.qcow2", 1 << 30, NULL, 0) < 0 ||
+ *             qcow2_open("disk.qcow2", NULL, &image) < 0) {
+ *             fprintf(stderr, "%s\n", qcow2_last_error());
+ *             return 1;
+ *         }
+ *         if (qcow2_pwrite(image, "hello", 5, 4096, 0) < 0 ||
+ *             qcow2_pread(image, sector, sizeof(sector), 4096, 0) < 0)
+ *             fprintf(stderr, "%s\n", qcow2_last_error());
+ *         return qcow2_close(image) < 0;
+ *     }
+ *
+ *     cc app.c $(pkg-config --cflags --libs qcow2)
+ *
+ * How to read it: the sections Version to Creating images are all that a simple program needs. Options, Facts and Map
+ * come next; Storages is for programs that bring their own place for the bytes.
+ *
+ * Rules for every call:
+ *  - int results are 0 or a negative errno; qcow2_last_error() and qcow2_last_error_code() tell why.
+ *  - Offsets, lengths and sizes are in bytes, 64-bit where they are about disks.
+ *  - A flags parameter takes bits that the call knows; any other bit is -EINVAL, so that one can ask for a flag and see.
+ *  - Structs that the library fills come with their sizeof: a program compiled with an older or newer header is served,
+ *    what it does not know is left out, what the library does not know is zero. Structs that it reads begin with
+ *    struct_size, and members that it does not know must be zero.
+ *  - Strings are in UTF-8 and end with a NUL; paths are bytes. The library copies what it keeps.
+ *  - A pointer must not be NULL unless its description allows it; NULL is refused with -EINVAL, not dereferenced.
+ *  - An image may be used by any number of threads at once, but closed by one after all others are done. An option
+ *    object belongs to one thread at a time. Signals, locales and the current folder are left alone.
+ *  - No call prints, exits or aborts. A bug in the library makes the call fail with QCOW2_ERR_PANIC, and the handle
+ *    refuses every further write.
+ *
+ * A file opened for writing must not be written by anybody else meanwhile.
+ */
+
+#ifndef QCOW2_H
+#define QCOW2_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/** An open image. Any number of threads may use it at once. */
+typedef struct qcow2_image qcow2_image;
+
+/** Options for opening and creating images. */
+typedef struct qcow2_opts qcow2_opts;
+
+/** A place for the bytes of an image: a file, or the caller's callbacks. */
+typedef struct qcow2_storage qcow2_storage;
+
+/* Version =========================================================================================
+ *
+ * Which library this program runs with, and what that build can do.
+ */
+
+/**
+ * The version of the library as text, "0.1.0" for example.
+ *
+ * Returns a static string; never NULL, not to be freed.
+ * Thread-safe. Since 0.1.
+ */
+const char *qcow2_version_string(void);
+
+/**
+ * The version of the library as a number to compare: major << 16 | minor << 8 | patch.
+ *
+ * Thread-safe. Since 0.1.
+ */
+uint32_t qcow2_version_number(void);
+
+/**
+ * Whether this build of the library has a feature.
+ *
+ * name: "zlib" and "zstd" (compressed clusters of that kind can be read), "extended_l2" (subclusters).
+ *
+ * Returns 1 if it has, 0 if it has not or nobody knows a feature of that name (NULL included).
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_has_feature(const char *name);
+
+/* Errors ==========================================================================================
+ *
+ * Calls return 0 or a negative errno. Why a call failed is kept for the calling thread until its next failing call:
+ * a stable code to decide by, and a text for a person.
+ */
+
+/** No call of this thread failed yet. */
+#define QCOW2_ERR_NONE 0
+/** The storage (file, device, callback) reported an error; the returned errno is the storage's. */
+#define QCOW2_ERR_IO 1
+/** The image is corrupt, and the text names the place; or it is marked corrupt and takes no writes. */
+#define QCOW2_ERR_CORRUPT 2
+/** A field of the header or of a header extension is malformed. */
+#define QCOW2_ERR_BAD_HEADER 3
+/** The file is not a qcow2 image. */
+#define QCOW2_ERR_NOT_QCOW2 4
+/** The image needs a feature that this library (or this build of it) does not have; the text names it. */
+#define QCOW2_ERR_UNSUPPORTED 5
+/** The image refers to another file, and option "backing", a resolver or a storage did not allow that. */
+#define QCOW2_ERR_BACKING_DENIED 6
+/** A backing file has no declared format, or one that is neither qcow2 nor raw. */
+#define QCOW2_ERR_BACKING_FORMAT 7
+/** The backing chain has a loop, or is deeper than option "backing_depth_max". */
+#define QCOW2_ERR_CHAIN 8
+/** The image has the dirty bit: it can be read, and needs a repair before it is written. */
+#define QCOW2_ERR_NEEDS_REPAIR 9
+/** A write to an image that was opened with "read_only", or any data call with "inspect". */
+#define QCOW2_ERR_READ_ONLY 10
+/** An earlier failure left the state of the file unknown: this handle writes nothing more. */
+#define QCOW2_ERR_POISONED 11
+/** The request reaches past the end of the image. */
+#define QCOW2_ERR_OUT_OF_RANGE 12
+/** An argument of the call is wrong: a NULL pointer, unknown flags, a struct size, a path. */
+#define QCOW2_ERR_ARGUMENT 13
+/** No option of that name, or it cannot have that value, or not in this call. */
+#define QCOW2_ERR_OPTION 14
+/** The image would grow past what the format or the library can address. */
+#define QCOW2_ERR_TOO_LARGE 15
+/** The file exists, and QCOW2_OVERWRITE was not given. */
+#define QCOW2_ERR_EXISTS 16
+/** A bug in the library; the handle is poisoned, close it. Please report the text. */
+#define QCOW2_ERR_PANIC 17
+/** Another process uses the image in a way that excludes this. */
+#define QCOW2_ERR_LOCKED 18
+/** A secret is missing or wrong. */
+#define QCOW2_ERR_BAD_SECRET 19
+
+/**
+ * Why the last failing call of this thread failed, in words: it names the offending value and what to do about it.
+ *
+ * Returns a string of the library, valid until the next failing call of the same thread; "" if none failed yet.
+ * Never NULL, not to be freed. A call that succeeds leaves it as it is.
+ * Thread-safe: each thread has its own. Since 0.1.
+ */
+const char *qcow2_last_error(void);
+
+/**
+ * Why the last failing call of this thread failed, as a QCOW2_ERR_ number. Numbers are never reused; a program must
+ * expect ones that it does not know.
+ *
+ * Thread-safe: each thread has its own. Since 0.1.
+ */
+int qcow2_last_error_code(void);
+
+/* Images ==========================================================================================
+ *
+ * Open an image, make it durable, close it. The simple calls: a program that reads and writes an image needs these
+ * and the data calls below.
+ */
+
+/**
+ * Opens the image in a file.
+ *
+ * path:   the file, a qcow2 image (nothing is guessed: a file in another format is refused)
+ * opts:   how to open it, or NULL for the defaults: for reading and writing, and no other file is opened for it.
+ *         An image with a backing file therefore needs option "backing" (or a resolver, or storages)
+ * image:  where the handle goes; set to NULL on an error
+ *
+ * The caller closes the handle with qcow2_close(). The options stay the caller's and may be freed or used again.
+ * Returns 0 or a negative errno: that of open(2); -EINVAL not a qcow2 image, malformed, or a wrong option; -ENOTSUP
+ * needs a feature that is not supported; -EACCES backing files not allowed. An image that is refused is never
+ * written to.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_open(const char *path,
+               const qcow2_opts *opts,
+               qcow2_image **image);
+
+/**
+ * Opens the image in a file that the caller has opened already, so that the library needs no access to paths.
+ *
+ * fd:     the file or block device, open for reading, and for writing unless option "read_only" or "inspect" is set.
+ *         The library duplicates it: the caller's descriptor stays the caller's, and may be closed at once. The file
+ *         position is not used
+ * opts:   as in qcow2_open(). Option "backing" cannot be "relative" (there is no folder to start from)
+ * image:  where the handle goes; set to NULL on an error
+ *
+ * Returns 0 or a negative errno, as qcow2_open(). Thread-safe. Since 0.1.
+ */
+int qcow2_open_fd(int fd,
+                  const qcow2_opts *opts,
+                  qcow2_image **image);
+
+/**
+ * Opens the image in a storage of the caller (see "Storages").
+ *
+ * storage: where the bytes are. The image keeps a reference: the caller may free the storage at any time
+ * opts:    as in qcow2_open_fd()
+ * image:   where the handle goes; set to NULL on an error
+ *
+ * Returns 0 or a negative errno, as qcow2_open(), or what a callback of the storage returned. Thread-safe. Since 0.1.
+ */
+int qcow2_open_storage(qcow2_storage *storage,
+                       const qcow2_opts *opts,
+                       qcow2_image **image);
+
+/**
+ * Closes an image and frees its handle, whatever it returns and whatever happened to the handle before.
+ *
+ * image:  the handle, not to be used any more; NULL is a no-op that returns 0
+ *
+ * Everything written is made durable first. Returns 0, or the negative errno of that last flush: then data that was
+ * not flushed before may be lost. A handle that took no writes after an earlier error returns that error again.
+ * Exclusive: no other call on the handle may be running or follow. Since 0.1.
+ */
+int qcow2_close(qcow2_image *image);
+
+/**
+ * Makes everything durable whose write had returned before this call: data and metadata survive a power cut.
+ *
+ * image:  the handle
+ *
+ * Returns 0 or a negative errno. After a failed flush it is not known what is on disk: the handle takes no more
+ * writes (QCOW2_ERR_POISONED), reads go on.
+ * Thread-safe: any number of threads may use the handle at once. Since 0.1.
+ */
+int qcow2_flush(qcow2_image *image);
+
+/**
+ * The size of the guest disk in bytes.
+ *
+ * image:  the handle
+ *
+ * Returns the size, at most INT64_MAX, or a negative errno. Thread-safe. Since 0.1.
+ */
+int64_t qcow2_size(const qcow2_image *image);
+
+/* Data ============================================================================================
+ *
+ * Reading and writing guest data. A request is all or nothing: it never returns a number of bytes. Offsets and
+ * lengths need no alignment. Any number of threads may use one handle at once; two requests that overlap and of which
+ * one writes give each byte one of the two values. What has been written is visible at once, and durable after
+ * qcow2_flush().
+ */
+
+/**
+ * Flag of the write calls: the write is durable when the call returns, as if qcow2_flush() covered it alone
+ * (the "force unit access" of SCSI, NVMe and virtio-blk).
+ */
+#define QCOW2_FUA (1 << 0)
+
+/**
+ * Reads guest data into a buffer.
+ *
+ * image:  the handle
+ * buf:    where it goes: length bytes (NULL is allowed where length is 0)
+ * length: bytes
+ * offset: guest offset in bytes; offset + length must not be past the end of the image
+ * flags:  0
+ *
+ * Returns 0 (all of it was read) or a negative errno: -EINVAL past the end, NULL or unknown flags; -EIO the image is
+ * corrupt there, or the storage failed. After an error the contents of the buffer are undefined.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_pread(qcow2_image *image,
+                void *buf,
+                size_t length,
+                uint64_t offset,
+                uint32_t flags);
+
+/**
+ * Writes guest data from a buffer.
+ *
+ * image:  the handle, opened for writing
+ * buf:    what to write: length bytes, not changed (NULL is allowed where length is 0)
+ * length: bytes
+ * offset: guest offset in bytes; offset + length must not be past the end of the image
+ * flags:  0 or QCOW2_FUA
+ *
+ * Returns 0 (all of it was written) or a negative errno: -EINVAL past the end, NULL or unknown flags; -EROFS opened
+ * read-only; -ENOSPC and others from the storage; -EIO the image is corrupt. After an error each byte of the range
+ * may be old or new.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_pwrite(qcow2_image *image,
+                 const void *buf,
+                 size_t length,
+                 uint64_t offset,
+                 uint32_t flags);
+
+/**
+ * Reads guest data into several buffers, filled one after the other.
+ *
+ * image:  the handle
+ * iov:    the buffers (NULL is allowed where iovcnt is 0); a buffer of length 0 is allowed
+ * iovcnt: how many; any number, not limited by IOV_MAX
+ * offset: guest offset in bytes
+ * flags:  0
+ *
+ * Returns 0 or a negative errno, as qcow2_pread(). Thread-safe. Since 0.1.
+ */
+int qcow2_preadv(qcow2_image *image,
+                 const struct iovec *iov,
+                 int iovcnt,
+                 uint64_t offset,
+                 uint32_t flags);
+
+/**
+ * Writes guest data from several buffers, taken one after the other.
+ *
+ * image:  the handle, opened for writing
+ * iov:    the buffers, not changed (NULL is allowed where iovcnt is 0); a buffer of length 0 is allowed
+ * iovcnt: how many; any number, not limited by IOV_MAX
+ * offset: guest offset in bytes
+ * flags:  0 or QCOW2_FUA
+ *
+ * Returns 0 or a negative errno, as qcow2_pwrite(). Thread-safe. Since 0.1.
+ */
+int qcow2_pwritev(qcow2_image *image,
+                  const struct iovec *iov,
+                  int iovcnt,
+                  uint64_t offset,
+                  uint32_t flags);
+
+/* Creating images =================================================================================
+ *
+ * A new image reads as zeroes, or as its backing file. These calls write the image and leave it closed.
+ */
+
+/** Flag of qcow2_create(): replace the file if it exists. */
+#define QCOW2_OVERWRITE (1 << 0)
+
+/**
+ * Creates an image in a file.
+ *
+ * path:   the file
+ * size:   size of the guest disk in bytes; rounded up to a multiple of 512
+ * opts:   the format (cluster_size, extended_l2, backing_file, ...), or NULL for the defaults: version 3, clusters of
+ *         64 KiB, no backing file
+ * flags:  0 or QCOW2_OVERWRITE
+ *
+ * With option "backing_file", "backing_fmt" must be set too; the backing file is not opened, so its size is not used.
+ * Returns 0 or a negative errno: -EEXIST the file exists; -EINVAL a wrong option, or options that exclude each other;
+ * -EFBIG larger than the format can have with that cluster size; those of open(2) and write(2).
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_create(const char *path,
+                 uint64_t size,
+                 const qcow2_opts *opts,
+                 uint32_t flags);
+
+/**
+ * Creates an image in a storage of the caller (see "Storages"), whatever that held before.
+ *
+ * storage: where the bytes go; it must be able to write, flush and truncate. It stays the caller's
+ * size:    size of the guest disk in bytes; rounded up to a multiple of 512
+ * opts:    as in qcow2_create()
+ * flags:   0
+ *
+ * Returns 0 or a negative errno, as qcow2_create(), or what a callback of the storage returned.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_create_storage(qcow2_storage *storage,
+                         uint64_t size,
+                         const qcow2_opts *opts,
+                         uint32_t flags);
+
+/* Options =========================================================================================
+ *
+ * One object holds the options of open and create calls. Keys are named as in `qemu-img create -o` where such a key
+ * exists; qcow2_option_describe() lists them all. A key or a value that is not known is refused at once, by name; a
+ * key that the call does not use (cluster_size in an open, say) is refused by that call, by name.
+ *
+ * An option object is used by one thread at a time; calls that open or create copy what they need.
+ */
+
+/** Kind of an option: "on" or "off"; qcow2_opts_set_bool() or _set_str(). */
+#define QCOW2_OPTION_BOOL 1
+/** Kind of an option: a number; qcow2_opts_set_u64() or _set_str(). */
+#define QCOW2_OPTION_NUMBER 2
+/** Kind of an option: a number of bytes; qcow2_opts_set_u64() or _set_str(). */
+#define QCOW2_OPTION_SIZE 3
+/** Kind of an option: any text; qcow2_opts_set_str(). */
+#define QCOW2_OPTION_TEXT 4
+/** Kind of an option: one of the words in qcow2_option.values; qcow2_opts_set_str(). */
+#define QCOW2_OPTION_CHOICE 5
+/** The option is for the calls that open an image. */
+#define QCOW2_OPTION_FOR_OPEN (1 << 0)
+/** The option is for the calls that create an image. */
+#define QCOW2_OPTION_FOR_CREATE (1 << 1)
+/** Role of a storage: a file of the backing chain. */
+#define QCOW2_ROLE_BACKING 1
+/** Format of a backing file, as its image declares it: qcow2. */
+#define QCOW2_FORMAT_QCOW2 1
+/** Format of a backing file, as its image declares it, and of everything that is not known: raw. */
+#define QCOW2_FORMAT_RAW 2
+/** Level of a log message: something is wrong, an image that turned out to be corrupt for example. */
+#define QCOW2_LOG_ERROR 1
+/** Level of a log message: something to look at. */
+#define QCOW2_LOG_WARNING 2
+/** Level of a log message: something that is good to know. */
+#define QCOW2_LOG_INFO 3
+
+/** An option that the library knows. The strings are static. Members may be appended in later versions. */
+typedef struct qcow2_option {
+    /** The key. */
+    const char *name;
+    /** What it does, in one line. */
+    const char *help;
+    /** The value it has when it is not set; "" for none. */
+    const char *default_value;
+    /** The words that it can be, with a comma and a space between them, where its kind is QCOW2_OPTION_CHOICE; else "". */
+    const char *values;
+    /** A QCOW2_OPTION_ kind. */
+    uint32_t kind;
+    /** QCOW2_OPTION_FOR_ bits. */
+    uint32_t used_by;
+} qcow2_option;
+
+/**
+ * Finds the file behind a reference.
+ *
+ * user:    the pointer given with the function
+ * name:    the reference as stored in the image, untrusted
+ * format:  QCOW2_FORMAT_QCOW2 or QCOW2_FORMAT_RAW, as declared in the image
+ * depth:   how deep in the chain the image is that has the reference: 0 for the image that is being opened
+ * storage: where the function puts a storage; the library takes that reference over
+ *
+ * Returns 0, or a negative errno that makes the open fail with it.
+ */
+typedef int (*qcow2_resolve_fn)(void *user,
+                                const char *name,
+                                uint32_t format,
+                                uint32_t depth,
+                                qcow2_storage **storage);
+
+/** Called once with the user pointer that came with it, when nothing can use that pointer any more. */
+typedef void (*qcow2_destroy_fn)(void *user);
+
+/**
+ * Takes a message.
+ *
+ * user:  the pointer given with the function
+ * level: a QCOW2_LOG_ number; more may come
+ * text:  one line, valid during the call
+ */
+typedef void (*qcow2_log_fn)(void *user, uint32_t level, const char *text);
+
+/**
+ * Makes an option object in which nothing is set.
+ *
+ * Returns the object, which the caller frees with qcow2_opts_free(). Thread-safe. Since 0.1.
+ */
+qcow2_opts *qcow2_opts_new(void);
+
+/**
+ * Frees an option object. Images that were opened with it stay as they are.
+ *
+ * opts: not to be used any more; NULL is a no-op
+ *
+ * One thread at a time. Since 0.1.
+ */
+void qcow2_opts_free(qcow2_opts *opts);
+
+/**
+ * Sets an option of any kind from text.
+ *
+ * opts:  the options
+ * key:   the name of the option
+ * value: a number in decimal digits, where it counts bytes with a suffix k, M, G or T if you like; "on" or "off"; a
+ *        word; or a text. It is copied
+ *
+ * Returns 0 or -EINVAL; then the options stay as they were. One thread at a time. Since 0.1.
+ */
+int qcow2_opts_set_str(qcow2_opts *opts,
+                       const char *key,
+                       const char *value);
+
+/**
+ * Sets an option that is a number.
+ *
+ * opts:  the options
+ * key:   the name of the option
+ * value: the number, in bytes where it is a size
+ *
+ * Returns 0 or -EINVAL; then the options stay as they were. One thread at a time. Since 0.1.
+ */
+int qcow2_opts_set_u64(qcow2_opts *opts, const char *key, uint64_t value);
+
+/**
+ * Sets an option that is on or off.
+ *
+ * opts:  the options
+ * key:   the name of the option
+ * value: 0 for off, anything else for on
+ *
+ * Returns 0 or -EINVAL; then the options stay as they were. One thread at a time. Since 0.1.
+ */
+int qcow2_opts_set_bool(qcow2_opts *opts, const char *key, int value);
+
+/**
+ * Describes one of the options that this version of the library knows; count index up from 0 until it fails.
+ *
+ * index:       which; an option's index may change from version to version, its name does not
+ * option:      filled in
+ * option_size: sizeof(struct qcow2_option)
+ *
+ * Returns 0, or -EINVAL past the last one. Thread-safe. Since 0.1.
+ */
+int qcow2_option_describe(size_t index,
+                          struct qcow2_option *option,
+                          size_t option_size);
+
+/**
+ * Gives an open the storages that the image refers to, so that nothing is opened by name.
+ *
+ * opts:     the options
+ * role:     QCOW2_ROLE_BACKING
+ * position: 0 is the image's backing file, 1 the backing file of that, and so on; given in that order
+ * storage:  opened for reading at least, never written to. The options, and images opened with them, keep a
+ *           reference of their own
+ *
+ * Names stored in the images are not looked at then; declared formats are.
+ * Returns 0 or -EINVAL. One thread at a time. Since 0.1.
+ */
+int qcow2_opts_set_storage(qcow2_opts *opts,
+                           uint32_t role,
+                           uint32_t position,
+                           qcow2_storage *storage);
+
+/**
+ * Lets the caller decide which file a reference in an image means. It is asked for each backing file instead of
+ * opening paths, whatever option "backing" says.
+ *
+ * opts:    the options
+ * resolve: the function; NULL takes an earlier resolver away. Called during the open only, in its thread
+ * user:    passed to it
+ * destroy: called once with user when nothing uses the resolver any more (the options, and images opened with them);
+ *          NULL if there is nothing to do. Called too when this call fails
+ *
+ * Returns 0 or -EINVAL. One thread at a time. Since 0.1.
+ */
+int qcow2_opts_set_resolver(qcow2_opts *opts,
+                            qcow2_resolve_fn resolve,
+                            void *user,
+                            qcow2_destroy_fn destroy);
+
+/**
+ * Where messages go that belong to no call's result; the library itself prints nothing.
+ *
+ * opts:    the options
+ * log:     the function; NULL takes an earlier one away. Called from any thread that uses the image, from several at
+ *          once; it must not call into that image
+ * user:    passed to it
+ * destroy: called once with user when nothing uses the function any more (the options, and images opened with them);
+ *          NULL if there is nothing to do. Called too when this call fails
+ *
+ * Returns 0 or -EINVAL. One thread at a time. Since 0.1.
+ */
+int qcow2_opts_set_log(qcow2_opts *opts,
+                       qcow2_log_fn log,
+                       void *user,
+                       qcow2_destroy_fn destroy);
+
+/* Facts ===========================================================================================
+ *
+ * What an image is, without its data. To look at an image that must not be trusted or cannot be opened for use (its
+ * backing file is not allowed, it needs a feature that the library lacks), open it with option "inspect".
+ */
+
+/** Bit of qcow2_info.flags: 32 subclusters in each cluster (extended L2 entries). */
+#define QCOW2_INFO_EXTENDED_L2 (1 << 0)
+/** Bit of qcow2_info.flags: refcounts may be written late. */
+#define QCOW2_INFO_LAZY_REFCOUNTS (1 << 1)
+/** Bit of qcow2_info.flags: refcounts may be wrong, the image needs a repair before it is written. */
+#define QCOW2_INFO_DIRTY (1 << 2)
+/** Bit of qcow2_info.flags: marked corrupt. */
+#define QCOW2_INFO_CORRUPT (1 << 3)
+/** Bit of qcow2_info.flags: guest data is encrypted. */
+#define QCOW2_INFO_ENCRYPTED (1 << 4)
+/** Bit of qcow2_info.flags: it has a backing file. */
+#define QCOW2_INFO_BACKING_FILE (1 << 5)
+/** Bit of qcow2_info.flags: guest data is in an external data file. */
+#define QCOW2_INFO_DATA_FILE (1 << 6)
+/** Bit of qcow2_info.flags: the external data file is a raw image by itself. */
+#define QCOW2_INFO_DATA_FILE_RAW (1 << 7)
+/** Bit of qcow2_info.flags: allocated_bytes is known. */
+#define QCOW2_INFO_ALLOCATED_BYTES (1 << 8)
+/** Compressed clusters are deflate streams. */
+#define QCOW2_COMPRESSION_ZLIB 0
+/** Compressed clusters are zstd frames. */
+#define QCOW2_COMPRESSION_ZSTD 1
+/** What qcow2_probe() found: anything that is not another format. */
+#define QCOW2_PROBE_RAW 0
+/** What qcow2_probe() found: a qcow2 image, version 2 or 3. */
+#define QCOW2_PROBE_QCOW2 1
+
+/** Facts about an image, as of the open. Members may be appended in later versions. */
+typedef struct qcow2_info {
+    /** Size of the guest disk in bytes. */
+    uint64_t size_bytes;
+    /** Bytes in a cluster. */
+    uint64_t cluster_size_bytes;
+    /** Bytes in a subcluster; those of a cluster where there are none. */
+    uint64_t subcluster_size_bytes;
+    /** Size of the image file in bytes. */
+    uint64_t file_size_bytes;
+    /** What the image file occupies on its disk, in bytes, with QCOW2_INFO_ALLOCATED_BYTES. */
+    uint64_t allocated_bytes;
+    /** Incompatible feature bits of the header. */
+    uint64_t incompatible_features;
+    /** Compatible feature bits of the header. */
+    uint64_t compatible_features;
+    /** Autoclear feature bits of the header. */
+    uint64_t autoclear_features;
+    /** QCOW2_INFO_ bits. */
+    uint32_t flags;
+    /** Version of the format: 2 or 3. */
+    uint32_t version;
+    /** Bits in a reference count. */
+    uint32_t refcount_bits;
+    /** A QCOW2_COMPRESSION_ number. */
+    uint32_t compression_type;
+    /** How many internal snapshots there are. */
+    uint32_t snapshots;
+    /** Zero. */
+    uint32_t reserved;
+    /** The backing file as the image names it, cut after 1023 bytes, which is the format's limit; "" for none. */
+    char backing_file[1024];
+    /** The declared format of the backing file, cut after 63 bytes; "" for none. */
+    char backing_fmt[64];
+} qcow2_info;
+
+/** Counters of a handle, all from 0 at the open. Members may be appended in later versions. */
+typedef struct qcow2_stats {
+    /** Bytes that were read from old clusters or backing files to fill up what a write did not cover (copy-on-write). */
+    uint64_t copied_bytes;
+    /** Bytes around a write that read as zeroes and were written as such. */
+    uint64_t zero_filled_bytes;
+    /** Host clusters allocated for guest data. */
+    uint64_t clusters_allocated;
+    /** L2 tables allocated or copied. */
+    uint64_t l2_tables_allocated;
+    /** Writes that were not pure overwrites of allocated data. */
+    uint64_t allocating_writes;
+} qcow2_stats;
+
+/**
+ * Gets the facts about an image. Files that it refers to are not opened for that.
+ *
+ * image:     the handle; one opened with "inspect" will do
+ * info:      filled in
+ * info_size: sizeof(struct qcow2_info)
+ *
+ * Returns 0 or a negative errno. Thread-safe. Since 0.1.
+ */
+int qcow2_get_info(qcow2_image *image, struct qcow2_info *info, size_t info_size);
+
+/**
+ * Gets the facts about an image as JSON, with the keys of `qemu-img info --output=json`.
+ *
+ * image: the handle; one opened with "inspect" will do. Its "filename" is the path given to qcow2_open(), "" without
+ * json:  where the text goes, in ASCII; set to NULL on an error. The caller frees it with qcow2_string_free()
+ *
+ * Returns 0 or a negative errno. Thread-safe. Since 0.1.
+ */
+int qcow2_info_json(qcow2_image *image,
+                    char **json);
+
+/**
+ * Frees a string that the library gave to the caller.
+ *
+ * string: not to be used any more; NULL is a no-op
+ *
+ * Thread-safe. Since 0.1.
+ */
+void qcow2_string_free(char *string);
+
+/**
+ * Gets the counters of a handle.
+ *
+ * image:      the handle
+ * stats:      filled in
+ * stats_size: sizeof(struct qcow2_stats)
+ *
+ * Returns 0 or a negative errno. Thread-safe; what other threads do meanwhile may be counted or not. Since 0.1.
+ */
+int qcow2_get_stats(qcow2_image *image,
+                    struct qcow2_stats *stats,
+                    size_t stats_size);
+
+/**
+ * Guesses the format of an image from its first bytes. Nothing in the library calls this: a guest can make a raw disk
+ * look like qcow2, so a guess must never decide how a disk that a guest could write is opened.
+ *
+ * buf:    the first bytes of the file
+ * length: how many, 512 or more is enough
+ *
+ * Returns a QCOW2_PROBE_ number (more may come), or -EINVAL where buf is NULL. Thread-safe. Since 0.1.
+ */
+int qcow2_probe(const void *buf,
+                size_t length);
+
+/* Map =============================================================================================
+ *
+ * Where guest data is: which ranges are data, zero, compressed or not allocated, in which file of the backing chain,
+ * and at which offset of that file. Backup, conversion and copying tools read the map to skip what holds nothing.
+ */
+
+/** The range reads from stored bytes ("data": true in `qemu-img map --output=json`). */
+#define QCOW2_EXTENT_DATA (1 << 0)
+/** The range reads as zeroes without any stored bytes ("zero": true). */
+#define QCOW2_EXTENT_ZERO (1 << 1)
+/** The range is stored compressed ("compressed": true). */
+#define QCOW2_EXTENT_COMPRESSED (1 << 2)
+
+/**
+ * A file of the chain says something about the range; without this flag none does, and it reads as zeroes
+ * ("present": true).
+ */
+#define QCOW2_EXTENT_PRESENT (1 << 3)
+/** host_offset is meaningful ("offset" is there). */
+#define QCOW2_EXTENT_OFFSET_VALID (1 << 4)
+
+/**
+ * A range of the guest disk in which everything is of one kind. The size of this struct never changes: room to grow
+ * is in its reserved members.
+ */
+typedef struct qcow2_extent {
+    /** Guest offset of the first byte. */
+    uint64_t start;
+    /** Length in bytes, never 0. */
+    uint64_t length;
+    /** Offset of the first byte in its file, with QCOW2_EXTENT_OFFSET_VALID; else 0. */
+    uint64_t host_offset;
+    /** Which file of the backing chain says so: 0 is the image itself, 1 its backing file, and so on. */
+    uint32_t depth;
+    /** QCOW2_EXTENT_ bits; a program must ignore bits that it does not know. */
+    uint32_t flags;
+    /** Zero. */
+    uint64_t reserved[4];
+} qcow2_extent;
+
+/**
+ * Lists the extents of a guest range, in order and without gaps. Neighbours that are the same kind of thing and
+ * follow each other in their file come as one, exactly as in `qemu-img map --output=json`.
+ *
+ * image:   the handle
+ * offset:  guest offset in bytes
+ * length:  bytes; offset + length must not be past the end of the image
+ * flags:   0
+ * extents: where they go: room for n_max
+ * n_max:   how many there is room for, 1 or more
+ * n:       how many were filled in; 0 only where length is 0, or on an error
+ *
+ * Where n comes back as n_max, the range may have more: call again from the end of the last extent. Only extents that
+ * were filled in are written to. Nothing is read but metadata. Other threads may write meanwhile: each extent was
+ * true at some moment of the call.
+ * Returns 0 or a negative errno, as qcow2_pread(). Thread-safe. Since 0.1.
+ */
+int qcow2_map(qcow2_image *image,
+              uint64_t offset,
+              uint64_t length,
+              uint32_t flags,
+              struct qcow2_extent *extents,
+              size_t n_max,
+              size_t *n);
+
+/* Storages ========================================================================================
+ *
+ * Advanced: where the bytes of an image are. A path or a file descriptor is enough for most programs; a storage is
+ * for those that keep images in Ceph, in S3, in memory, or behind a privileged process.
+ *
+ * A storage is counted: images, options and resolvers keep their own reference, so that qcow2_storage_free() only
+ * gives up the caller's.
+ */
+
+/** Flag of qcow2_storage_open(): open the file for reading only. */
+#define QCOW2_STORAGE_READ_ONLY (1 << 0)
+/** Most buffers that preadv and pwritev of a storage are called with. */
+#define QCOW2_STORAGE_IOV_MAX 1024
+
+/**
+ * What a storage does. Members that are NULL are not supported: a call that needs one fails with -ENOTSUP. Members
+ * may be appended in later versions.
+ *
+ * Every callback gets the user pointer given to qcow2_storage_new(), is called from any thread and from several at
+ * once, returns a negative errno on failure, and must not call into an image that uses the storage, nor unwind
+ * (throw).
+ */
+typedef struct qcow2_storage_ops {
+    /** sizeof(struct qcow2_storage_ops). */
+    size_t struct_size;
+    /** Required. Reads up to length bytes at offset: returns how many, 0 only at or past the end of the storage. */
+    ssize_t (*pread)(void *user, void *buf, size_t length, uint64_t offset);
+    /**
+     * Writes up to length bytes at offset, growing the storage if need be: returns how many, 1 or more. NULL makes
+     * a storage that can only be read.
+     */
+    ssize_t (*pwrite)(void *user, const void *buf, size_t length, uint64_t offset);
+    /** As pread, into up to QCOW2_STORAGE_IOV_MAX buffers. NULL: the library calls pread for each. */
+    ssize_t (*preadv)(void *user, const struct iovec *iov, int iovcnt, uint64_t offset);
+    /** As pwrite, from up to QCOW2_STORAGE_IOV_MAX buffers. NULL: the library calls pwrite for each. */
+    ssize_t (*pwritev)(void *user, const struct iovec *iov, int iovcnt, uint64_t offset);
+    /**
+     * Makes everything durable whose write returned before the call. Returns 0. A storage that has nothing to make
+     * durable gives a function that returns 0, not NULL.
+     */
+    int (*flush)(void *user);
+    /** Required. Stores the size of the storage in bytes. Returns 0. */
+    int (*get_size)(void *user, uint64_t *size);
+    /** Sets the size of the storage in bytes; new bytes read as zeroes. Returns 0. */
+    int (*truncate)(void *user, uint64_t size);
+    /** Called once, when the last image, option object or handle that used the storage is gone. May be NULL. */
+    qcow2_destroy_fn destroy;
+} qcow2_storage_ops;
+
+/**
+ * Makes a storage of callbacks.
+ *
+ * ops:     the functions; copied, may be freed after the call
+ * user:    passed to each of them; must stay valid until ops->destroy is called with it
+ * storage: where the storage goes; set to NULL on an error
+ *
+ * On an error ops->destroy is not called: user stays the caller's. The caller gives its reference up with
+ * qcow2_storage_free().
+ * Returns 0 or -EINVAL: NULL, a wrong struct_size, or a required callback is missing. Thread-safe. Since 0.1.
+ */
+int qcow2_storage_new(const struct qcow2_storage_ops *ops,
+                      void *user,
+                      qcow2_storage **storage);
+
+/**
+ * Makes a storage of a file or block device: what a resolver returns for a name that it allows.
+ *
+ * path:    the file, which must exist
+ * flags:   0 (for reading and writing) or QCOW2_STORAGE_READ_ONLY
+ * storage: where the storage goes; set to NULL on an error
+ *
+ * Returns 0 or a negative errno, that of open(2). Thread-safe. Since 0.1.
+ */
+int qcow2_storage_open(const char *path, uint32_t flags, qcow2_storage **storage);
+
+/**
+ * Gives up the caller's reference to a storage. What still uses the storage (an open image, options) keeps it alive.
+ *
+ * storage: not to be used any more; NULL is a no-op
+ *
+ * Thread-safe. Since 0.1.
+ */
+void qcow2_storage_free(qcow2_storage *storage);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* QCOW2_H */

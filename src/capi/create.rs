@@ -1,0 +1,82 @@
+//! Creating images
+//!
+//! A new image reads as zeroes, or as its backing file. These calls write the image and leave it closed.
+
+use libc::{c_char, c_int};
+
+use super::arguments::{flags as check_flags, path};
+use super::boundary::{call, null};
+use super::opts::{Call, qcow2_opts};
+use super::storage::qcow2_storage;
+use crate::error::Result;
+use crate::image::{CreateOptions, create, create_with};
+use crate::storage::Blocking;
+use crate::wait::block_on;
+
+/// Flag of qcow2_create(): replace the file if it exists.
+pub const QCOW2_OVERWRITE: u32 = 1 << 0;
+
+/// The options of a create; NULL means all defaults.
+///
+/// # Safety
+/// `opts` is NULL or came from `qcow2_opts_new` and is not changed meanwhile.
+unsafe fn create_options(opts: *const qcow2_opts) -> Result<CreateOptions> {
+    // SAFETY: the caller's promise.
+    match unsafe { opts.as_ref() } {
+        None => Ok(CreateOptions::default()),
+        Some(opts) => {
+            opts.refuse_unused(Call::Create)?;
+            Ok(opts.create.clone())
+        }
+    }
+}
+
+/// Creates an image in a file.
+///
+/// path:   the file
+/// size:   size of the guest disk in bytes; rounded up to a multiple of 512
+/// opts:   the format (cluster_size, extended_l2, backing_file, ...), or NULL for the defaults: version 3, clusters of
+///         64 KiB, no backing file
+/// flags:  0 or QCOW2_OVERWRITE
+///
+/// With option "backing_file", "backing_fmt" must be set too; the backing file is not opened, so its size is not used.
+/// Returns 0 or a negative errno: -EEXIST the file exists; -EINVAL a wrong option, or options that exclude each other;
+/// -EFBIG larger than the format can have with that cluster size; those of open(2) and write(2).
+/// Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_create(path: *const c_char, size: u64, opts: *const qcow2_opts, flags: u32) -> c_int {
+    call(|| {
+        check_flags(flags, QCOW2_OVERWRITE)?;
+        // SAFETY: NULL or a C string by the manual above.
+        let path = unsafe { self::path("path", path) }?;
+        // SAFETY: NULL or options that nobody changes during the call, by the manual above.
+        let options = unsafe { create_options(opts) }?;
+        create(path, size, &options, flags & QCOW2_OVERWRITE != 0)
+    })
+}
+
+/// Creates an image in a storage of the caller (see "Storages"), whatever that held before.
+///
+/// storage: where the bytes go; it must be able to write, flush and truncate. It stays the caller's
+/// size:    size of the guest disk in bytes; rounded up to a multiple of 512
+/// opts:    as in qcow2_create()
+/// flags:   0
+///
+/// Returns 0 or a negative errno, as qcow2_create(), or what a callback of the storage returned.
+/// Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_create_storage(
+    storage: *mut qcow2_storage,
+    size: u64,
+    opts: *const qcow2_opts,
+    flags: u32,
+) -> c_int {
+    call(|| {
+        check_flags(flags, 0)?;
+        // SAFETY: NULL or a live storage by the manual above.
+        let storage = unsafe { storage.as_ref() }.ok_or_else(|| null("storage"))?;
+        // SAFETY: NULL or options that nobody changes during the call, by the manual above.
+        let options = unsafe { create_options(opts) }?;
+        block_on(create_with(&Blocking, &*storage.inner, size, &options))
+    })
+}

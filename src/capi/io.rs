@@ -1,0 +1,195 @@
+//! Data
+//!
+//! Reading and writing guest data. A request is all or nothing: it never returns a number of bytes. Offsets and
+//! lengths need no alignment. Any number of threads may use one handle at once; two requests that overlap and of which
+//! one writes give each byte one of the two values. What has been written is visible at once, and durable after
+//! qcow2_flush().
+
+use libc::{c_int, c_void, iovec};
+
+use super::arguments::flags as check_flags;
+use super::boundary::{call_on, null};
+use super::image::qcow2_image;
+use crate::error::{Error, Result};
+use crate::format::GuestOffset;
+use crate::image::WriteFlags;
+use crate::storage::{IoDst, IoSrc};
+
+/// Flag of the write calls: the write is durable when the call returns, as if qcow2_flush() covered it alone
+/// (the "force unit access" of SCSI, NVMe and virtio-blk).
+pub const QCOW2_FUA: u32 = 1 << 0;
+
+// A vector of the caller is used as it is, as pieces: no copy, no allocation.
+const _: () = {
+    assert!(size_of::<IoDst<'static>>() == size_of::<iovec>() && align_of::<IoDst<'static>>() == align_of::<iovec>());
+    assert!(size_of::<IoSrc<'static>>() == size_of::<iovec>() && align_of::<IoSrc<'static>>() == align_of::<iovec>());
+};
+
+#[cold]
+fn too_long(name: &'static str, length: usize) -> Error {
+    Error::ArgumentValue { name, value: length.to_string(), expected: "no more bytes than memory can have (SSIZE_MAX)" }
+}
+
+/// A buffer of the caller: NULL only where nothing is transferred.
+#[inline]
+fn check_buffer(buf: *const c_void, length: usize) -> Result<()> {
+    if buf.is_null() && length != 0 {
+        return Err(null("buf"));
+    }
+    if length > isize::MAX as usize {
+        return Err(too_long("length", length));
+    }
+    Ok(())
+}
+
+/// A vector of the caller, after a look at each piece.
+///
+/// # Safety
+/// `iov` is NULL or points to `count` structs that stay unchanged for `'a`.
+unsafe fn vector<'a>(iov: *const iovec, count: c_int) -> Result<&'a [iovec]> {
+    let Ok(count) = usize::try_from(count) else {
+        return Err(Error::ArgumentValue { name: "iovcnt", value: count.to_string(), expected: "0 or more" });
+    };
+    if count == 0 {
+        return Ok(&[]);
+    }
+    if iov.is_null() {
+        return Err(null("iov"));
+    }
+    // SAFETY: not NULL, `count` structs by the caller's promise.
+    let pieces = unsafe { std::slice::from_raw_parts(iov, count) };
+    let mut total = 0usize;
+    for (index, piece) in pieces.iter().enumerate() {
+        if piece.iov_base.is_null() && piece.iov_len != 0 {
+            return Err(Error::ArgumentValue {
+                name: "iov",
+                value: format!("iov[{index}].iov_base is NULL, with iov_len {}", piece.iov_len),
+                expected: "memory in each piece that has a length",
+            });
+        }
+        total = match total.checked_add(piece.iov_len) {
+            Some(total) if total <= isize::MAX as usize => total,
+            _ => return Err(too_long("iov", piece.iov_len)),
+        };
+    }
+    Ok(pieces)
+}
+
+/// Reads guest data into a buffer.
+///
+/// image:  the handle
+/// buf:    where it goes: length bytes (NULL is allowed where length is 0)
+/// length: bytes
+/// offset: guest offset in bytes; offset + length must not be past the end of the image
+/// flags:  0
+///
+/// Returns 0 (all of it was read) or a negative errno: -EINVAL past the end, NULL or unknown flags; -EIO the image is
+/// corrupt there, or the storage failed. After an error the contents of the buffer are undefined.
+/// Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_pread(
+    image: *mut qcow2_image,
+    buf: *mut c_void,
+    length: usize,
+    offset: u64,
+    flags: u32,
+) -> c_int {
+    let body = |image: &qcow2_image| {
+        check_flags(flags, 0)?;
+        check_buffer(buf, length)?;
+        // SAFETY: `buf` is writable for `length` bytes by the manual above, for the time of this call.
+        let piece = unsafe { IoDst::from_raw(buf.cast(), length) };
+        image.image.read(&[piece], GuestOffset(offset))
+    };
+    // SAFETY: NULL or an open handle by the manual above.
+    unsafe { call_on(image, body) }
+}
+
+/// Writes guest data from a buffer.
+///
+/// image:  the handle, opened for writing
+/// buf:    what to write: length bytes, not changed (NULL is allowed where length is 0)
+/// length: bytes
+/// offset: guest offset in bytes; offset + length must not be past the end of the image
+/// flags:  0 or QCOW2_FUA
+///
+/// Returns 0 (all of it was written) or a negative errno: -EINVAL past the end, NULL or unknown flags; -EROFS opened
+/// read-only; -ENOSPC and others from the storage; -EIO the image is corrupt. After an error each byte of the range
+/// may be old or new.
+/// Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_pwrite(
+    image: *mut qcow2_image,
+    buf: *const c_void,
+    length: usize,
+    offset: u64,
+    flags: u32,
+) -> c_int {
+    let body = |image: &qcow2_image| {
+        check_flags(flags, QCOW2_FUA)?;
+        check_buffer(buf, length)?;
+        // SAFETY: `buf` is readable for `length` bytes by the manual above, for the time of this call.
+        let piece = unsafe { IoSrc::from_raw(buf.cast_mut().cast(), length) };
+        image.image.write(&[piece], GuestOffset(offset), WriteFlags { fua: flags & QCOW2_FUA != 0 })
+    };
+    // SAFETY: NULL or an open handle by the manual above.
+    unsafe { call_on(image, body) }
+}
+
+/// Reads guest data into several buffers, filled one after the other.
+///
+/// image:  the handle
+/// iov:    the buffers (NULL is allowed where iovcnt is 0); a buffer of length 0 is allowed
+/// iovcnt: how many; any number, not limited by IOV_MAX
+/// offset: guest offset in bytes
+/// flags:  0
+///
+/// Returns 0 or a negative errno, as qcow2_pread(). Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_preadv(
+    image: *mut qcow2_image,
+    iov: *const iovec,
+    iovcnt: c_int,
+    offset: u64,
+    flags: u32,
+) -> c_int {
+    let body = |image: &qcow2_image| {
+        check_flags(flags, 0)?;
+        // SAFETY: a vector of iovcnt buffers by the manual above, for the time of this call.
+        let pieces = unsafe { vector(iov, iovcnt) }?;
+        // SAFETY: same layout (asserted above), and the caller's memory is writable for the time of this call.
+        let pieces = unsafe { std::slice::from_raw_parts(pieces.as_ptr().cast::<IoDst<'_>>(), pieces.len()) };
+        image.image.read(pieces, GuestOffset(offset))
+    };
+    // SAFETY: NULL or an open handle by the manual above.
+    unsafe { call_on(image, body) }
+}
+
+/// Writes guest data from several buffers, taken one after the other.
+///
+/// image:  the handle, opened for writing
+/// iov:    the buffers, not changed (NULL is allowed where iovcnt is 0); a buffer of length 0 is allowed
+/// iovcnt: how many; any number, not limited by IOV_MAX
+/// offset: guest offset in bytes
+/// flags:  0 or QCOW2_FUA
+///
+/// Returns 0 or a negative errno, as qcow2_pwrite(). Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_pwritev(
+    image: *mut qcow2_image,
+    iov: *const iovec,
+    iovcnt: c_int,
+    offset: u64,
+    flags: u32,
+) -> c_int {
+    let body = |image: &qcow2_image| {
+        check_flags(flags, QCOW2_FUA)?;
+        // SAFETY: a vector of iovcnt buffers by the manual above, for the time of this call.
+        let pieces = unsafe { vector(iov, iovcnt) }?;
+        // SAFETY: same layout (asserted above), and the caller's memory is readable for the time of this call.
+        let pieces = unsafe { std::slice::from_raw_parts(pieces.as_ptr().cast::<IoSrc<'_>>(), pieces.len()) };
+        image.image.write(pieces, GuestOffset(offset), WriteFlags { fua: flags & QCOW2_FUA != 0 })
+    };
+    // SAFETY: NULL or an open handle by the manual above.
+    unsafe { call_on(image, body) }
+}
