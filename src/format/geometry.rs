@@ -10,8 +10,8 @@ pub const CLUSTER_BITS_MAX: u32 = 21;
 pub const CLUSTER_BITS_MIN_EXTENDED: u32 = 14;
 /// Subclusters in a cluster with extended L2 entries.
 pub const SUBCLUSTERS: u32 = 32;
-/// Largest L2 slice, in bytes: what one cache miss reads.
-const SLICE_BYTES_MAX: u64 = 4096;
+/// log2 of the largest L2 slice in bytes (4 KiB): what one cache miss reads.
+const SLICE_BITS_MAX: u32 = 12;
 
 /// Shape of an image: cluster size, kind of L2 entry, refcount width. Only made from values that were checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,14 +62,19 @@ impl Geometry {
         self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
     }
 
+    /// log2 of the size of an L2 slice in bytes.
+    pub fn slice_bits(self) -> u32 {
+        self.cluster_bits.min(SLICE_BITS_MAX)
+    }
+
     /// Size of an L2 slice in bytes.
     pub fn slice_bytes(self) -> u64 {
-        self.cluster_size_bytes().min(SLICE_BYTES_MAX)
+        1 << self.slice_bits()
     }
 
     /// log2 of the number of entries of an L2 slice.
     pub fn slice_entry_bits(self) -> u32 {
-        self.slice_bytes().trailing_zeros() - if self.extended_l2 { 4 } else { 3 }
+        self.slice_bits() - if self.extended_l2 { 4 } else { 3 }
     }
 
     /// Slices in an L2 table.

@@ -90,6 +90,7 @@ pub fn encode_l1(table: HostOffset) -> u64 {
 
 impl L2Entry {
     /// Decodes and verifies. Every malformed entry has a name (spec; scenarios J).
+    #[inline]
     pub fn decode(self, geometry: Geometry) -> Result<ClusterState, CorruptionKind> {
         if self.descriptor & COMPRESSED != 0 {
             return self.decode_compressed(geometry);
@@ -111,6 +112,7 @@ impl L2Entry {
         Ok(ClusterState { host, alloc, zero })
     }
 
+    #[inline]
     fn masks(self, geometry: Geometry, has_host: bool) -> Result<(u32, u32), CorruptionKind> {
         if !geometry.extended_l2 {
             let zero = self.descriptor & ZERO != 0;

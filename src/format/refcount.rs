@@ -57,7 +57,7 @@ mod tests {
     fn every_width_keeps_its_neighbours() {
         for order in 0..=6u32 {
             let max = u64::MAX >> (64 - (1u32 << order));
-            let n = 512 * 8 >> order;
+            let n = (512 * 8) >> order;
             let mut block = vec![0u8; 512];
             for i in 0..n {
                 set(&mut block, order, i, (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) & max);

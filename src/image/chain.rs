@@ -129,6 +129,25 @@ impl Chain {
         offset: GuestOffset,
         length_bytes: u64,
     ) -> Result<()> {
+        if let Content::Qcow2 { tables, .. } = &self.layers[0].content
+            && let Some(host) = tables.mapped(offset, length_bytes, false)
+        {
+            let got = tables.file.read(io, pieces, host).await?;
+            if (got as u64) < length_bytes {
+                zero_from(pieces, got);
+            }
+            return Ok(());
+        }
+        self.read_resolved(io, pieces, offset, length_bytes).await
+    }
+
+    async fn read_resolved<I: Io>(
+        &self,
+        io: &I,
+        pieces: &[IoDst<'_>],
+        offset: GuestOffset,
+        length_bytes: u64,
+    ) -> Result<()> {
         let extent = self.resolve(io, offset, length_bytes).await?;
         if extent.length_bytes == length_bytes {
             return self.fill(io, pieces, offset, extent).await;

@@ -182,7 +182,8 @@ async fn accept_backing<I: Io>(
 async fn load_tables<I: Io>(io: &I, chain: Vec<Accepted>, options: &OpenOptions) -> Result<Vec<Layer>> {
     let qcow2_below = chain.iter().skip(1).filter(|a| matches!(a, Accepted::Qcow2 { .. })).count() as u64;
     let whole = options.l2_cache_size;
-    let (own, below) = if qcow2_below == 0 { (whole, 0) } else { (whole / 2, whole / 2 / qcow2_below) };
+    let own = if qcow2_below == 0 { whole } else { whole / 2 };
+    let below = (whole - own) / qcow2_below.max(1);
     let mut layers = Vec::with_capacity(chain.len());
     for accepted in chain {
         let layer = match accepted {

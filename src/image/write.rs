@@ -73,9 +73,7 @@ impl Image {
     async fn write_range<I: Io>(&self, io: &I, pieces: &[IoSrc<'_>], offset: GuestOffset, length: u64) -> Result<bool> {
         let tables = self.active();
         let _pin = self.allocator.epochs.pin();
-        if let Found::Hit(Some((host, n))) = tables.run_in_place(offset, length)?
-            && n == length
-        {
+        if let Some(host) = tables.mapped(offset, length, true) {
             tables.file.write(io, pieces, host).await?;
             return Ok(false);
         }
@@ -97,6 +95,10 @@ impl Image {
                 Found::Miss(slice) => {
                     tables.load_slice(io, slice).await?;
                     continue;
+                }
+                Found::Hit(Some((host, n))) if n == length => {
+                    tables.file.write(io, pieces, host).await?;
+                    n
                 }
                 Found::Hit(Some((host, n))) => {
                     tables.file.write(io, cursor.take(n).as_slice(), host).await?;

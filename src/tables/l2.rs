@@ -31,7 +31,7 @@ struct Inner {
 pub struct L2Cache {
     geometry: Geometry,
     ways: usize,
-    set_mask: u64,
+    set_bits: u32,
     words_per_slice: usize,
     keys: Box<[AtomicU64]>, // slice index + 1; 0 is empty
     sequence: Box<[AtomicU32]>,
@@ -106,14 +106,15 @@ impl L2Cache {
     pub fn new(geometry: Geometry, budget_bytes: u64, disk_bytes: u64) -> Self {
         let useful = disk_bytes.div_ceil(geometry.slice_covers_bytes()).max(4);
         let slots = (budget_bytes / geometry.slice_bytes()).clamp(4, useful) as usize;
-        let ways = WAYS.min(slots);
-        let sets = 1usize << (slots / ways).ilog2(); // a power of two that stays within the budget
+        // Powers of two that stay within the budget.
+        let ways = WAYS.min(1 << slots.ilog2());
+        let sets = 1usize << (slots / ways).ilog2();
         let slots = sets * ways;
         let words_per_slice = (geometry.slice_bytes() / 8) as usize;
         Self {
             geometry,
             ways,
-            set_mask: sets as u64 - 1,
+            set_bits: sets.trailing_zeros(),
             words_per_slice,
             keys: zeroed_words(slots),
             sequence: (0..slots).map(|_| AtomicU32::new(0)).collect(),
@@ -135,14 +136,21 @@ impl L2Cache {
     fn set_of(&self, slice: SliceIndex) -> usize {
         // Neighbouring slices go to neighbouring sets; the high bits keep power-of-two strides apart.
         let mixed = slice.0 ^ (slice.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40);
-        (mixed & self.set_mask) as usize
+        (mixed & ((1 << self.set_bits) - 1)) as usize
+    }
+
+    /// Slots that may hold a slice, the likeliest first: each slice prefers a way of its set, so that slices which
+    /// share a set rarely have to be searched for.
+    #[inline]
+    fn candidates(&self, slice: SliceIndex) -> impl Iterator<Item = usize> {
+        let first = self.set_of(slice) * self.ways;
+        let (ways, preferred) = (self.ways, (slice.0 >> self.set_bits) as usize & (self.ways - 1));
+        (preferred..ways).chain(0..preferred).map(move |way| first + way)
     }
 
     #[inline]
     fn slot_of(&self, slice: SliceIndex) -> Option<usize> {
-        let first = self.set_of(slice) * self.ways;
-        let keys = &self.keys[first..first + self.ways];
-        keys.iter().position(|k| k.load(Ordering::Acquire) == slice.0 + 1).map(|way| first + way)
+        self.candidates(slice).find(|&slot| self.keys[slot].load(Ordering::Acquire) == slice.0 + 1)
     }
 
     fn slot_words(&self, slot: usize) -> &[AtomicU64] {
@@ -197,7 +205,7 @@ impl L2Cache {
         if self.slot_of(slice).is_some() {
             return true;
         }
-        let Some(slot) = self.victim(&mut inner, self.set_of(slice)) else { return false };
+        let Some(slot) = self.victim(&mut inner, slice) else { return false };
         self.change(slot, |words| {
             self.keys[slot].store(slice.0 + 1, Ordering::Relaxed);
             for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)) {
@@ -208,13 +216,13 @@ impl L2Cache {
         true
     }
 
-    /// A slot of the set that is empty or clean, least recently used by the clock's reckoning.
-    fn victim(&self, inner: &mut Inner, set: usize) -> Option<usize> {
-        let first = set * self.ways;
-        let mut slots = first..first + self.ways;
-        if let Some(empty) = slots.clone().find(|&slot| self.keys[slot].load(Ordering::Relaxed) == 0) {
+    /// A slot for a slice that is empty or clean, least recently used by the clock's reckoning.
+    fn victim(&self, inner: &mut Inner, slice: SliceIndex) -> Option<usize> {
+        if let Some(empty) = self.candidates(slice).find(|&slot| self.keys[slot].load(Ordering::Relaxed) == 0) {
             return Some(empty);
         }
+        let set = self.set_of(slice);
+        let first = set * self.ways;
         for _ in 0..self.ways * 2 {
             let way = usize::from(inner.hands[set]);
             inner.hands[set] = ((way + 1) % self.ways) as u8;
@@ -223,7 +231,7 @@ impl L2Cache {
                 return Some(slot);
             }
         }
-        slots.find(|&slot| inner.flags[slot] == 0)
+        self.candidates(slice).find(|&slot| inner.flags[slot] == 0)
     }
 
     /// Changes entries of a cached slice and marks it dirty, all at once for readers and for write-back.

@@ -10,10 +10,10 @@ pub mod refcounts;
 use std::ops::ControlFlow;
 
 use crate::error::{Corruption, CorruptionKind, Error, Result};
-use crate::format::l2::decode_l1;
+use crate::format::l2::{COPIED, decode_l1};
 use crate::format::{ClusterState, Geometry, GuestOffset, Header, Host, HostOffset, L1Index, L2Entry, SliceIndex};
 use crate::plan::Span;
-use crate::plan::read::{Run, Source, continues, run_at};
+use crate::plan::read::{Run, Source, continues, plain_data, run_at};
 use crate::storage::{Io, IoDst};
 use crate::wait::Claims;
 
@@ -88,6 +88,28 @@ impl Tables {
     /// Size of the guest disk.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// The mapped path: host offset of a range that lies inside one cluster, is all plain data, and whose slice is
+    /// cached. With `in_place`, only if it may be overwritten there. `None` says nothing: ask [`Tables::run`].
+    #[inline]
+    pub fn mapped(&self, offset: GuestOffset, length: u64, in_place: bool) -> Option<HostOffset> {
+        let geometry = self.geometry;
+        let start = geometry.in_cluster(offset);
+        if length > geometry.cluster_size_bytes() - start {
+            return None;
+        }
+        let l1_entry = self.l1.get(geometry.l1_index(offset));
+        if l1_entry == 0 || (in_place && l1_entry & COPIED == 0) {
+            return None;
+        }
+        let index = geometry.entry_in_slice(offset);
+        let entry = self.l2.look(geometry.slice_index(offset), |view| view.entry(index))?;
+        let state = entry.decode(geometry).ok()?;
+        if in_place && !matches!(state.host, Host::Cluster { copied: true, .. }) {
+            return None;
+        }
+        plain_data(geometry, state, Span { start, end: start + length })
     }
 
     /// The run of bytes with one source that starts at `offset`, at most `max` long and inside one slice (or, where
