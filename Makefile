@@ -15,9 +15,10 @@ CC ?= cc
 CFLAGS ?= -O2 -g
 CARGO ?= cargo
 CARGO_TARGET := $(or $(CARGO_TARGET_DIR),target)
+comma := ,
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: build demo check install header clean fmt archive
+.PHONY: build demo check bench bench-driver install header clean fmt archive
 
 build: $(SO)
 
@@ -48,6 +49,23 @@ demo: build/subcluster_write
 # Everything, with one line at the end: 'N passed, N failed'.
 check: build
 	@CC='$(CC)' CARGO='$(CARGO)' MAKE='$(MAKE)' JOBS=$(JOBS) tests/check
+
+# What the library costs over the raw system calls. BENCH_QUICK=1: only whether it all works.
+# BENCH_DIRS="FOLDER...": where (default: /dev/shm and the folder for temporary files).
+bench: bench-driver
+	python3 benches/run.py --no-build $(BENCH_DIRS)
+
+bench-driver: build/bench/driver build/bench/driver-heap
+
+build/bench/driver: benches/driver.c include/qcow2.h $(SO)
+	@mkdir -p build/bench
+	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -Iinclude $< -o $@ -Lbuild -lqcow2 -lpthread -Wl,-rpath,'$$ORIGIN/..'
+
+# Linked statically, so that the library's calls of the heap go through the driver's counters.
+build/bench/driver-heap: benches/driver.c include/qcow2.h build/libqcow2.a
+	@mkdir -p build/bench
+	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -DCOUNT_HEAP -Iinclude $< -o $@ build/libqcow2.a \
+	    $(addprefix -Wl$(comma)--wrap=,malloc calloc realloc aligned_alloc posix_memalign) -lgcc_s -lpthread -ldl -lm
 
 install: build
 	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR)
