@@ -64,6 +64,10 @@ fn search(state: &mut RefcountState, from: HostCluster, want: u64) -> Result<std
             entry = end + 1;
         }
         at = (index + 1) << bits;
+        // Remembered, because a search that has to wait for a block starts again: with a cache that holds fewer
+        // blocks than are full, it would evict the first ones to load the next and never arrive.
+        let passed = if want == 1 { &mut state.hint } else { &mut state.run_hint };
+        *passed = HostCluster(at).max(*passed);
     }
 }
 
