@@ -3,7 +3,8 @@
 mod judge;
 mod qemu;
 
-use judge::{Judge, Layout, Place};
+use judge::layout::Place;
+use judge::{Judge, Layout};
 use qcow2::storage::sim::DiskImage;
 
 fn verdict(bytes: &[u8]) -> Vec<String> {

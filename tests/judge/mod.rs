@@ -3,9 +3,9 @@
 //! would read (D7 and D8 are for the caller to judge).
 #![allow(dead_code)] // each test file uses its own part
 
-mod layout;
+pub mod layout;
 
-pub use layout::{Entry, Layout, Place};
+pub use layout::{Entry, Layout};
 
 use qcow2::storage::sim::DiskImage;
 

@@ -164,8 +164,9 @@ impl SimDisk {
         }
         let outcome = state.fault_for("write", offset);
         if outcome.is_err() {
-            // Half of a failed write may be there.
-            data.truncate(data.len() / 2);
+            // About half of a failed write may be there, in whole sectors.
+            let end = (offset as usize + data.len() / 2) / SECTOR_BYTES * SECTOR_BYTES;
+            data.truncate(end.saturating_sub(offset as usize));
         }
         let id = state.write(&data, offset);
         outcome.map(|()| id)

@@ -3,7 +3,7 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
@@ -18,17 +18,25 @@ pub struct SimIo {
     disks: Vec<Arc<SimDisk>>,
     rng: Mutex<Rng>,
     pauses_max: u64,
+    transfers: AtomicU64,
 }
 
 impl SimIo {
     /// A driver. Each transfer is pending up to `pauses_max` times before and after it takes effect.
     pub fn new(seed: u64, pauses_max: u64, disks: Vec<Arc<SimDisk>>) -> Self {
-        Self { disks, rng: Mutex::new(Rng::new(seed)), pauses_max }
+        Self { disks, rng: Mutex::new(Rng::new(seed)), pauses_max, transfers: AtomicU64::new(0) }
+    }
+
+    /// Writes and flushes that went to one of the disks so far.
+    pub fn transfers(&self) -> u64 {
+        self.transfers.load(Ordering::Relaxed)
     }
 
     fn disk(&self, on: &dyn Storage) -> Option<&SimDisk> {
         let wanted = std::ptr::from_ref(on).cast::<()>();
-        self.disks.iter().find(|disk| Arc::as_ptr(disk).cast::<()>() == wanted).map(|disk| &**disk)
+        let disk = self.disks.iter().find(|disk| Arc::as_ptr(disk).cast::<()>() == wanted)?;
+        self.transfers.fetch_add(1, Ordering::Relaxed);
+        Some(disk)
     }
 
     async fn pause(&self) {

@@ -1,0 +1,195 @@
+//! Images to start from: made by QEMU, so that snapshots and compressed clusters are there before the engine can make them.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use qcow2::storage::memory::MemoryStorage;
+use qcow2::storage::sim::{DiskImage, Rng, SECTOR_BYTES};
+
+use crate::judge::Layout;
+use crate::qemu;
+
+/// A kind of image.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    pub name: &'static str,
+    pub cluster_bits: u32,
+    pub options: &'static str,
+    pub backing: bool,
+    pub snapshots: u32,
+    pub compressed: bool,
+    /// KiB written beforehand, so that the refcount structures are about to grow.
+    pub prefill_kib: u64,
+}
+
+const PLAIN: Case =
+    Case { name: "", cluster_bits: 16, options: "", backing: false, snapshots: 0, compressed: false, prefill_kib: 0 };
+
+/// The kinds of images that the simulated tests run over.
+pub fn cases() -> Vec<Case> {
+    let case = |name, cluster_bits, options| Case { name, cluster_bits, options, ..PLAIN };
+    vec![
+        case("512 B", 9, ""),
+        case("512 B, 1-bit refcounts", 9, "refcount_bits=1"),
+        case("512 B, 64-bit refcounts", 9, "refcount_bits=64"),
+        Case { prefill_kib: 1980, ..case("512 B, 64-bit, table about to grow", 9, "refcount_bits=64") },
+        Case { snapshots: 2, ..case("512 B, snapshots", 9, "") },
+        Case { compressed: true, backing: true, ..case("512 B, compressed, backing", 9, "") },
+        case("4 KiB", 12, ""),
+        Case { backing: true, ..case("4 KiB, backing", 12, "") },
+        Case { snapshots: 1, compressed: true, ..case("4 KiB, snapshot, compressed", 12, "") },
+        Case { snapshots: 1, ..case("4 KiB, v2, snapshot", 12, "compat=0.10") },
+        case("64 KiB", 16, ""),
+        Case { compressed: true, ..case("64 KiB, compressed", 16, "") },
+        case("16 KiB, extended", 14, "extended_l2=on"),
+        Case { backing: true, ..case("16 KiB, extended, backing", 14, "extended_l2=on") },
+        Case { snapshots: 1, ..case("16 KiB, extended, snapshot", 14, "extended_l2=on,refcount_bits=64") },
+        Case { snapshots: 1, compressed: true, backing: true, ..case("64 KiB, extended, all", 16, "extended_l2=on") },
+    ]
+}
+
+/// An image to start from, and what is known about it.
+#[derive(Clone)]
+pub struct Start {
+    pub image: DiskImage,
+    pub backing: Option<Arc<MemoryStorage>>,
+    backing_bytes: Rc<Vec<u8>>,
+    pub cluster: u64,
+    pub guest_size: u64,
+    /// Guest clusters that scripts write to, and their sectors.
+    pub hot: Vec<u64>,
+    pub hot_sectors: Vec<u64>,
+    /// Contents of the hot sectors in each snapshot.
+    pub snapshots: Vec<Vec<Rc<[u8; SECTOR_BYTES]>>>,
+    pub extended: bool,
+}
+
+impl Case {
+    /// Makes the image.
+    pub fn make(&self, dir: &qemu::Dir) -> Start {
+        let cluster = 1u64 << self.cluster_bits;
+        let extended = self.options.contains("extended_l2=on");
+        let per_table = cluster / if extended { 16 } else { 8 };
+        // Clusters beside each other, two at the start of the second L2 table, and the last one, half outside.
+        let prefilled = (self.prefill_kib * 1024).div_ceil(cluster);
+        let far = prefilled.next_multiple_of(per_table) + per_table;
+        let guest_size = (far + 3) * cluster - if cluster > 512 { cluster / 2 } else { 0 };
+        let hot = vec![prefilled, prefilled + 1, prefilled + 2, prefilled + 3, far, far + 1, far + 2];
+        let (path, base) = (dir.path("start.qcow2"), dir.path("base.raw"));
+        let mut backing_bytes = Vec::new();
+        let size = guest_size.to_string();
+        let options =
+            format!("cluster_size={cluster}{}{}", if self.options.is_empty() { "" } else { "," }, self.options);
+        let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &options];
+        if self.backing {
+            // Shorter than the image: it ends inside of the hot cluster far + 1.
+            backing_bytes = super::pattern(7, 0, (far + 1) * cluster + cluster.min(1024) / 2);
+            std::fs::write(&base, &backing_bytes).unwrap();
+            args.extend(["-b", &base, "-F", "raw"]);
+        }
+        args.extend([&path[..], &size]);
+        qemu::img(&args);
+        self.populate(&path, &hot, cluster, prefilled);
+        let image = DiskImage::new(std::fs::read(&path).unwrap());
+        let hot_sectors: Vec<u64> =
+            hot.iter().flat_map(|c| c * cluster / 512..((c + 1) * cluster).min(guest_size) / 512).collect();
+        let mut start = Start {
+            image: DiskImage::default(),
+            backing: self.backing.then(|| Arc::new(MemoryStorage::new(backing_bytes.clone()))),
+            backing_bytes: Rc::new(backing_bytes),
+            cluster,
+            guest_size,
+            hot,
+            hot_sectors,
+            snapshots: Vec::new(),
+            extended,
+        };
+        start.snapshots = (1..=self.snapshots as usize).map(|tree| start.contents(&image, tree)).collect();
+        start.image = image;
+        start
+    }
+
+    /// Old contents: data in some hot clusters, snapshots between them, compressed clusters.
+    fn populate(&self, path: &str, hot: &[u64], cluster: u64, prefilled: u64) {
+        if prefilled > 0 {
+            qemu::io(path, &[&format!("write -q -P 9 0 {}", prefilled * cluster)]);
+        }
+        let write =
+            |flags: &str, pattern: u32, at: u64, length: u64| format!("write -q {flags} -P {pattern} {at} {length}");
+        if self.compressed {
+            let commands = [hot[1], hot[2], hot[4]].map(|c| write("-c", 20 + (c % 7) as u32, c * cluster, cluster));
+            qemu::io(path, &commands.each_ref().map(|c| &c[..]));
+        }
+        for snapshot in 0..self.snapshots {
+            let first = write("", 40 + snapshot, hot[0] * cluster, cluster);
+            let part = write("", 50 + snapshot, hot[3] * cluster + cluster / 2, cluster / 4 + 128);
+            let next = write("", 60 + snapshot, hot[5] * cluster, cluster);
+            qemu::io(path, &[&first[..], &part, &next]);
+            qemu::img(&["snapshot", "-c", &format!("s{snapshot}"), path]);
+        }
+    }
+}
+
+impl Start {
+    fn contents(&self, image: &DiskImage, tree: usize) -> Vec<Rc<[u8; SECTOR_BYTES]>> {
+        let layout = Layout::parse(image).unwrap();
+        let mut last: Rc<[u8; SECTOR_BYTES]> = Rc::new([0; SECTOR_BYTES]);
+        let mut contents = Vec::new();
+        for &sector in &self.hot_sectors {
+            let mut found = [0; SECTOR_BYTES];
+            if layout.read(tree, sector, &mut found).unwrap().is_none() {
+                found = self.backing_sector(sector);
+            }
+            if found != *last {
+                last = Rc::new(found);
+            }
+            contents.push(last.clone());
+        }
+        contents
+    }
+
+    /// The guest before the first operation.
+    pub fn guest(&self) -> super::Guest {
+        let contents = self.contents(&self.image, 0);
+        super::Guest::new(self.hot_sectors.iter().copied().zip(contents))
+    }
+
+    /// A sector of the backing file; zeroes past its end or without one.
+    pub fn backing_sector(&self, sector: u64) -> [u8; SECTOR_BYTES] {
+        let mut found = [0; SECTOR_BYTES];
+        let at = (sector as usize * SECTOR_BYTES).min(self.backing_bytes.len());
+        let part = &self.backing_bytes[at..(at + SECTOR_BYTES).min(self.backing_bytes.len())];
+        found[..part.len()].copy_from_slice(part);
+        found
+    }
+
+    /// A range to write to: head, middle, tail or all of a subcluster or cluster, two clusters, or a few bytes;
+    /// it starts and ends at multiples of `align`.
+    pub fn random_range(&self, rng: &mut Rng, align: u64) -> (u64, u64) {
+        let cluster = self.hot[rng.below(self.hot.len() as u64) as usize];
+        let unit = if self.extended { self.cluster / 32 } else { self.cluster };
+        let base = cluster * self.cluster + rng.below(self.cluster / unit) * unit;
+        let (from, to) = match rng.below(7) {
+            0 => (0, unit / 2),
+            1 => (unit / 2, unit),
+            2 => (unit / 4, unit / 4 + unit / 2),
+            3 => (0, unit),
+            4 => (0, unit * (1 + rng.below(4))),
+            5 => (unit / 2, unit + unit / 2),
+            _ => {
+                let from = rng.below(unit);
+                (from, from + 1 + rng.below(unit))
+            }
+        };
+        let (mut from, mut to) = (base + from, base + to);
+        if rng.one_in(10) {
+            (from, to) = (cluster * self.cluster, (cluster + 2) * self.cluster);
+        }
+        // Stay inside the hot clusters: what follows them is not watched.
+        let end = (cluster..).find(|c| !self.hot.contains(c)).unwrap() * self.cluster;
+        let to = to.min(end).min(self.guest_size);
+        let from = from.min(to - 1) / align * align;
+        let to = to.next_multiple_of(align).min(self.guest_size);
+        (from, to - from)
+    }
+}
