@@ -1,0 +1,197 @@
+//! Faults. A seeded script runs once without a fault, and then once for each of its I/O calls and each kind of error:
+//! afterwards the image is valid at every crash state (leaks are allowed), nothing is lost that a later flush
+//! acknowledged, a failed flush is never forgotten, and the error names the call that failed.
+//!
+//! `FAULT_RUNS` bounds the number of runs.
+
+mod judge;
+mod qemu;
+mod stage;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use judge::Judge;
+use qcow2::Error;
+use qcow2::error::{ErrorCode, IoOp};
+use qcow2::format::GuestOffset;
+use qcow2::image::{Image, WriteFlags};
+use qcow2::storage::sim::{CrashBudget, Fault, Rng, SimDisk};
+use qcow2::storage::{Blocking, IoSrc};
+use stage::{Guest, Start, cases, judge_disk, open, pattern};
+
+const RUNS_BY_DEFAULT: u64 = 6_000;
+
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    Write { offset: u64, length: u64, fua: bool },
+    Flush,
+}
+
+fn script(start: &Start, seed: u64) -> Vec<Step> {
+    let mut rng = Rng::new(seed);
+    (0..12)
+        .map(|_| {
+            if rng.one_in(4) {
+                return Step::Flush;
+            }
+            let (offset, length) = start.random_range(&mut rng, 512);
+            Step::Write { offset, length, fua: rng.one_in(8) }
+        })
+        .collect()
+}
+
+/// What a run under a fault has shown.
+struct Run {
+    disk: Arc<SimDisk>,
+    guest: Guest,
+    /// Errors that calls returned, with the step.
+    errors: Vec<(String, Error)>,
+    closed: bool,
+    opened: bool,
+    calls: u64,
+}
+
+fn step(image: &Image, guest: &mut Guest, op: u64, step: Step) -> Result<(), Error> {
+    match step {
+        Step::Write { offset, length, fua } => {
+            let data = pattern(op, offset, length);
+            let ticket = guest.issue(offset, &data);
+            image.write(&[IoSrc::from(&data[..])], GuestOffset(offset), WriteFlags { fua })?;
+            match fua {
+                true => guest.forced(&ticket),
+                false => guest.complete(&ticket),
+            }
+        }
+        Step::Flush => {
+            let began = guest.now();
+            image.flush()?;
+            guest.flushed(began);
+        }
+    }
+    Ok(())
+}
+
+fn run(start: &Start, steps: &[Step], fault: Option<Fault>) -> Run {
+    let disk = Arc::new(SimDisk::new(start.image.clone()));
+    disk.set_fault(fault);
+    let mut run =
+        Run { disk: disk.clone(), guest: start.guest(), errors: Vec::new(), closed: false, opened: false, calls: 0 };
+    match qcow2::wait::block_on(open(&Blocking, &disk, start, 2 * start.cluster.min(4096))) {
+        Err(why) => run.errors.push(("open".into(), why)),
+        Ok(image) => {
+            run.opened = true;
+            for (op, &what) in steps.iter().chain([&Step::Flush]).enumerate() {
+                if let Err(why) = step(&image, &mut run.guest, op as u64 + 1, what) {
+                    run.errors.push((format!("step {op}: {what:?}"), why));
+                }
+            }
+            let began = run.guest.now();
+            match image.close() {
+                Ok(()) => {
+                    run.closed = true;
+                    run.guest.flushed(began);
+                }
+                Err(why) => run.errors.push(("close".into(), why)),
+            }
+        }
+    }
+    run.calls = disk.calls();
+    run
+}
+
+/// Everything that must hold after a run.
+fn check(start: &Start, run: &Run, fault: Fault, label: &str) {
+    let mut judge = Judge::default();
+    run.disk.crash_states(&mut Rng::new(fault.index), CrashBudget { singles: 6, random: 4 }, |image| {
+        let wrong = judge_disk(&mut judge, image, &run.guest, start);
+        assert!(wrong.is_empty(), "{label}: {wrong:#?}\nerrors: {:#?}", run.errors);
+    });
+    let Some((what, offset)) = run.disk.fault_hit() else { return };
+    let Some((_, first)) = run.errors.first() else {
+        // Best effort (giving space back at the end) or done again: then everything is there, as was just judged.
+        assert_ne!(what, "flush", "{label}: a failed flush was not reported");
+        assert!(run.closed, "{label}");
+        return;
+    };
+    let named = match what {
+        "read" => IoOp::Read,
+        "write" => IoOp::Write,
+        "flush" => IoOp::Flush,
+        _ => IoOp::Truncate,
+    };
+    match first {
+        Error::Io { op, errno, offset: at } => {
+            assert_eq!((*op, *errno), (named, fault.errno), "{label}: {first}");
+            assert!(what == "flush" || *at == offset, "{label}: 0x{offset:x} failed, and the error says {first}");
+        }
+        other => panic!("{label}: {what} at 0x{offset:x} failed, and the first error is {other}"),
+    }
+    if what == "flush" {
+        let last = &run.errors[run.errors.len() - 1];
+        assert!(!run.closed, "{label}: close succeeded after a failed flush");
+        let poisoned = last.1.code() == ErrorCode::Poisoned || run.errors.len() == 1;
+        assert!(poisoned, "{label}: a failed flush is sticky, and the last error is {} ({})", last.1, last.0);
+    }
+    if run.closed {
+        let leaks = judge.judge(&run.disk.durable()).leaks;
+        assert_eq!(leaks, 0, "{label}: leaks after a successful close; errors: {:#?}", run.errors);
+    }
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+#[test]
+fn every_failing_call_leaves_a_valid_image() {
+    let Some(dir) = qemu::dir("faults") else { return };
+    let cases = cases();
+    let starts: Vec<(&str, Start)> = cases.iter().map(|case| (case.name, case.make(&dir))).collect();
+    let budget = number("FAULT_RUNS", RUNS_BY_DEFAULT) / starts.len() as u64;
+    let mut outcomes: BTreeMap<&str, u64> = BTreeMap::new();
+    for (name, start) in &starts {
+        let (mut runs, mut seed) = (0, 1);
+        while runs < budget {
+            let steps = script(start, seed);
+            let calls = run(start, &steps, None).calls;
+            for index in 0..calls {
+                for (errno, sticky) in [(libc::EIO, false), (libc::ENOSPC, true)] {
+                    let fault = Fault { index, errno, sticky };
+                    let run = run(start, &steps, Some(fault));
+                    check(start, &run, fault, &format!("{name}, seed {seed}, {fault:?}"));
+                    let kind = run.disk.fault_hit().map_or("not reached", |(what, _)| what);
+                    *outcomes.entry(kind).or_default() += 1;
+                    runs += 1;
+                }
+            }
+            seed += 1;
+        }
+    }
+    println!("runs by the call that failed: {outcomes:?}");
+    for kind in ["read", "write", "flush"] {
+        assert!(outcomes.contains_key(kind), "no {kind} failed in any run");
+    }
+}
+
+#[test]
+fn a_full_disk_that_is_emptied_again_takes_writes_again() {
+    let Some(dir) = qemu::dir("faults-full") else { return };
+    for case in cases() {
+        let start = case.make(&dir);
+        let disk = Arc::new(SimDisk::new(start.image.clone()));
+        let image = qcow2::wait::block_on(open(&Blocking, &disk, &start, 0)).unwrap();
+        let mut guest = start.guest();
+        disk.set_fault(Some(Fault { index: disk.calls(), errno: libc::ENOSPC, sticky: true }));
+        let fresh = start.hot[6] * start.cluster;
+        let failed = step(&image, &mut guest, 1, Step::Write { offset: fresh, length: 512, fua: true });
+        assert_eq!(failed.unwrap_err().errno(), libc::ENOSPC, "{}", case.name);
+        disk.set_fault(None);
+        step(&image, &mut guest, 2, Step::Write { offset: fresh, length: 512, fua: false }).unwrap();
+        step(&image, &mut guest, 3, Step::Flush).unwrap();
+        image.close().unwrap();
+        let mut judge = Judge::default();
+        assert_eq!(judge_disk(&mut judge, &disk.durable(), &guest, &start), Vec::<String>::new(), "{}", case.name);
+        assert_eq!(judge.judge(&disk.durable()).leaks, 0, "{}: what was reserved was not given back", case.name);
+    }
+}

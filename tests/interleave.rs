@@ -1,0 +1,226 @@
+//! Interleavings. Two to six requests run at once on one image under a seeded scheduler; what each read saw and what
+//! is there afterwards must be explained, atom by atom, by some order of the requests in which none moves before
+//! one that had ended when it began. Then the image is judged, and now and then shown to qemu-img.
+//!
+//! `INTERLEAVINGS` sets how many, `INTERLEAVE_SEED` the first seed.
+
+mod judge;
+mod qemu;
+mod stage;
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+
+use judge::{Judge, Layout};
+use qcow2::format::GuestOffset;
+use qcow2::image::{Image, WriteFlags};
+use qcow2::storage::sim::{Rng, Scheduler, SimDisk, SimIo, Task};
+use qcow2::storage::{Blocking, IoDst, IoSrc};
+use stage::{Case, Guest, Start, cases, open, pattern};
+
+/// Requests start and end at multiples of this: smaller than a sector, so that two writes share one.
+const ATOM: u64 = 128;
+const INTERLEAVINGS_BY_DEFAULT: u64 = 20_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    Flush,
+}
+
+/// A request with its data (what was written, or what was read) and when it began and ended.
+#[derive(Debug, Clone)]
+struct Request {
+    kind: Kind,
+    offset: u64,
+    data: Vec<u8>,
+    fua: bool,
+    began: u64,
+    ended: u64,
+}
+
+impl Request {
+    fn atom(&self, offset: u64) -> Option<&[u8]> {
+        let at = offset.checked_sub(self.offset)? as usize;
+        self.data.get(at..at + ATOM as usize)
+    }
+}
+
+/// Is there an order of the operations on one atom that explains what the reads saw? `used` marks those that are in
+/// the order already, `value` is what the atom holds after them.
+fn explained(requests: &[(&Request, &[u8])], used: u32, value: &[u8]) -> bool {
+    if used == (1 << requests.len()) - 1 {
+        return true;
+    }
+    let left = |i: &usize| used >> i & 1 == 0;
+    let earliest_end = (0..requests.len()).filter(left).map(|i| requests[i].0.ended).min().unwrap();
+    (0..requests.len()).filter(left).any(|i| {
+        let (request, data) = requests[i];
+        match request.kind {
+            _ if request.began > earliest_end => false,
+            Kind::Read => data == value && explained(requests, used | 1 << i, value),
+            _ => explained(requests, used | 1 << i, data),
+        }
+    })
+}
+
+async fn perform(image: &Image, io: &SimIo, clock: &Cell<u64>, done: &RefCell<Vec<Request>>, mut request: Request) {
+    let tick = || clock.replace(clock.get() + 1);
+    request.began = tick();
+    let offset = GuestOffset(request.offset);
+    match request.kind {
+        Kind::Flush => image.flush_with(io).await.unwrap(),
+        Kind::Read => image.read_with(io, &[IoDst::from(&mut request.data[..])], offset).await.unwrap(),
+        Kind::Write => {
+            let flags = WriteFlags { fua: request.fua };
+            // Two pieces, so that lists of memory pieces are cut at odd places as well.
+            let (head, tail) = request.data.split_at(request.data.len() / 3);
+            image.write_with(io, &[IoSrc::from(head), IoSrc::from(tail)], offset, flags).await.unwrap();
+        }
+    }
+    request.ended = tick();
+    done.borrow_mut().push(request);
+}
+
+fn random_requests(rng: &mut Rng, start: &Start) -> Vec<Request> {
+    // Most requests meet in one or two clusters.
+    let around = start.random_range(rng, ATOM);
+    let mut requests = Vec::new();
+    for op in 0..2 + rng.below(5) {
+        let (mut offset, mut length) = start.random_range(rng, ATOM);
+        if rng.below(4) > 0 {
+            let cluster = around.0 / start.cluster * start.cluster;
+            let end = (cluster + start.cluster).min(start.guest_size);
+            offset = cluster + offset % start.cluster;
+            offset = offset.min(end - ATOM);
+            length = length.min(end - offset);
+        }
+        let kind = [Kind::Write, Kind::Write, Kind::Write, Kind::Read, Kind::Read, Kind::Flush][rng.below(6) as usize];
+        let data = match kind {
+            Kind::Write => pattern(op + 1, offset, length),
+            Kind::Read => vec![0xee; length as usize],
+            Kind::Flush => Vec::new(),
+        };
+        requests.push(Request { kind, offset, data, fua: rng.one_in(8), began: 0, ended: 0 });
+    }
+    requests
+}
+
+/// Reads everything at the end, and checks that the history of each atom can be explained. Returns the final contents.
+fn check_history(start: &Start, guest: &Guest, image: &Image, mut history: Vec<Request>, label: &str) -> Vec<Request> {
+    let mut last = Vec::new();
+    for cluster in &start.hot {
+        let offset = cluster * start.cluster;
+        let mut data = vec![0; (start.guest_size - offset).min(start.cluster) as usize];
+        image.pread(&mut data, offset).unwrap();
+        last.push(Request { kind: Kind::Read, offset, data, fua: false, began: u64::MAX, ended: u64::MAX });
+    }
+    history.extend(last.iter().cloned());
+    for sector in guest.sectors() {
+        for at in (0..512).step_by(ATOM as usize) {
+            let before = &guest.latest(sector)[at..][..ATOM as usize];
+            let offset = sector * 512 + at as u64;
+            let requests: Vec<(&Request, &[u8])> = history.iter().filter_map(|r| Some((r, r.atom(offset)?))).collect();
+            if requests.len() == 1 && requests[0].1 == before {
+                continue; // nobody touched it
+            }
+            let fine = explained(&requests, 0, before);
+            assert!(fine, "{label}: no order explains guest offset {offset}: {}", tell(&requests, before));
+        }
+    }
+    last
+}
+
+fn tell(requests: &[(&Request, &[u8])], before: &[u8]) -> String {
+    let mut text = format!("before {:02x?}", &before[32..40]);
+    for (r, data) in requests {
+        text += &format!(
+            "\n  {:?} {}+{} [{}..{}] {:02x?}",
+            r.kind,
+            r.offset,
+            r.data.len(),
+            r.began,
+            r.ended,
+            &data[32..40]
+        );
+    }
+    text
+}
+
+fn interleaving(start: &Start, seed: u64, dir: &qemu::Dir, name: &str) {
+    let mut rng = Rng::new(seed);
+    let disk = Arc::new(SimDisk::new(start.image.clone()));
+    let io = SimIo::new(rng.next_u64(), 1 + rng.clone().below(3), vec![disk.clone()]);
+    let cache = if rng.one_in(3) { 4 * start.cluster.min(4096) } else { 0 };
+    let image = qcow2::wait::block_on(open(&Blocking, &disk, start, cache)).unwrap();
+    // A sequential prologue, so that clusters are in all states.
+    let mut guest = start.guest();
+    for op in 0..rng.below(4) {
+        let (offset, length) = start.random_range(&mut rng, ATOM);
+        let data = pattern(100 + op, offset, length);
+        guest.issue(offset, &data);
+        image.pwrite(&data, offset).unwrap();
+    }
+    if rng.one_in(2) {
+        image.flush().unwrap();
+    }
+    let requests = random_requests(&mut rng, start);
+    let label = format!("{name}, seed {seed}");
+    let (clock, done) = (Cell::new(1), RefCell::new(Vec::new()));
+    let tasks = requests.iter().map(|r| Box::pin(perform(&image, &io, &clock, &done, r.clone())) as Task<'_, ()>);
+    let stuck = Scheduler::new(rng.next_u64()).run(tasks.collect(), || {}).err();
+    let shapes: Vec<_> = requests.iter().map(|r| (r.kind, r.offset, r.data.len())).collect();
+    assert_eq!(stuck, None, "{label}: {shapes:?}");
+    let last = check_history(start, &guest, &image, done.into_inner(), &label);
+    image.close().unwrap();
+    let end = disk.durable();
+    let verdict = Judge::default().judge(&end);
+    assert!(verdict.violations.is_empty() && verdict.leaks == 0, "{label}: {shapes:?} {verdict:?}");
+    let layout = Layout::parse(&end).unwrap();
+    for read in &last {
+        for (n, expected) in read.data.chunks(512).enumerate() {
+            let sector = read.offset / 512 + n as u64;
+            let mut found = [0; 512];
+            if layout.read(0, sector, &mut found).unwrap().is_none() {
+                found = start.backing_sector(sector);
+            }
+            assert!(found == *expected, "{label}: sector {sector} reads otherwise on the disk after close");
+        }
+    }
+    if seed % 1000 == 0 {
+        let path = dir.path("end.qcow2");
+        std::fs::write(&path, end.to_file()).unwrap();
+        qemu::check(&path, false);
+    }
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+fn run(names: &[&str], scratch: &str) {
+    let Some(dir) = qemu::dir(scratch) else { return };
+    let cases: Vec<Case> = cases().into_iter().filter(|case| names.contains(&case.name)).collect();
+    assert_eq!(cases.len(), names.len());
+    let count = number("INTERLEAVINGS", INTERLEAVINGS_BY_DEFAULT) / 2 / cases.len() as u64;
+    let first = number("INTERLEAVE_SEED", 1);
+    for case in &cases {
+        let start = case.make(&dir);
+        (first..first + count).for_each(|seed| interleaving(&start, seed, &dir, case.name));
+        println!("{}: {count} interleavings", case.name);
+    }
+}
+
+#[test]
+fn concurrent_requests_on_subclusters_are_linearizable() {
+    run(&["16 KiB, extended", "16 KiB, extended, backing", "16 KiB, extended, snapshot"], "interleave-extended");
+}
+
+#[test]
+fn concurrent_requests_on_clusters_are_linearizable() {
+    run(
+        &["512 B", "512 B, snapshots", "512 B, compressed, backing", "4 KiB, backing", "4 KiB, snapshot, compressed"],
+        "interleave-standard",
+    );
+}
