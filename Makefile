@@ -18,7 +18,7 @@ CARGO_TARGET := $(or $(CARGO_TARGET_DIR),target)
 comma := ,
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: build demo check bench bench-driver install header clean fmt archive
+.PHONY: build demo check crash bench bench-driver install header clean fmt archive
 
 build: $(SO)
 
@@ -66,6 +66,11 @@ build/bench/driver-heap: benches/driver.c include/qcow2.h build/libqcow2.a
 	@mkdir -p build/bench
 	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -DCOUNT_HEAP -Iinclude $< -o $@ build/libqcow2.a \
 	    $(addprefix -Wl$(comma)--wrap=,malloc calloc realloc aligned_alloc posix_memalign) -lgcc_s -lpthread -ldl -lm
+
+# The crash test at length: make crash CRASH_STATES=100000000 CRASH_SEED=7
+CRASH_STATES ?= 20000000
+crash:
+	CRASH_STATES=$(CRASH_STATES) $(CARGO) test --locked -j $(JOBS) --release --test crash -- --nocapture
 
 install: build
 	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR)

@@ -21,7 +21,7 @@ use qcow2::storage::sim::{CrashBudget, Rng, Scheduler, SimDisk, SimIo, Task};
 use qcow2::storage::{IoSrc, Storage};
 use stage::{Case, Guest, Start, cases, judge_disk, judge_sample, open, pattern, reopen_and_write};
 
-const STATES_BY_DEFAULT: u64 = 400_000;
+const STATES_BY_DEFAULT: u64 = 800_000;
 /// One state in this many is opened again.
 const REOPEN_ONE_IN: u64 = 50;
 
