@@ -180,6 +180,8 @@ pub enum Error {
         /// What happened.
         why: &'static str,
     },
+    /// Zeroes could not be written without writing data, and the caller had asked for that not to be done.
+    NoFallback,
     /// A request reaches past the end of the image.
     OutOfRange {
         /// First byte of the request.
@@ -313,7 +315,7 @@ impl Error {
             Self::Corrupt(_) | Self::MarkedCorrupt => ErrorCode::Corrupt,
             Self::Header { .. } => ErrorCode::BadHeader,
             Self::NotQcow2 { .. } => ErrorCode::NotQcow2,
-            Self::Unsupported { .. } => ErrorCode::Unsupported,
+            Self::Unsupported { .. } | Self::NoFallback => ErrorCode::Unsupported,
             Self::BackingDenied { .. } => ErrorCode::BackingDenied,
             Self::BackingFormat { .. } => ErrorCode::BackingFormat,
             Self::Backing { source, .. } => source.code(),
@@ -338,7 +340,7 @@ impl Error {
             Self::Header { .. } | Self::NotQcow2 { .. } | Self::OutOfRange { .. } => libc::EINVAL,
             Self::Argument { .. } | Self::UnknownOption { .. } | Self::OptionValue { .. } => libc::EINVAL,
             Self::ArgumentValue { .. } | Self::OptionUnused { .. } | Self::Path { .. } => libc::EINVAL,
-            Self::Unsupported { .. } | Self::BackingFormat { .. } => libc::ENOTSUP,
+            Self::Unsupported { .. } | Self::BackingFormat { .. } | Self::NoFallback => libc::ENOTSUP,
             Self::BackingDenied { .. } => libc::EACCES,
             Self::Backing { source, .. } => source.errno(),
             Self::ChainLoop { .. } | Self::ChainTooDeep { .. } => libc::ELOOP,
@@ -408,6 +410,7 @@ impl fmt::Display for Error {
             Self::ReadOnly => f.write_str("image was opened read-only"),
             Self::InspectOnly => f.write_str("image was opened with 'inspect', which gives no access to guest data"),
             Self::Poisoned { why } => write!(f, "image handle takes no more writes: {why}; close it and open the image again"),
+            Self::NoFallback => f.write_str("part of the range cannot become zero without writing data, which was not allowed"),
             Self::OutOfRange { offset, length, size } => {
                 write!(f, "request of {length} bytes at guest offset {offset} reaches past the end of the image ({size} bytes)")
             }

@@ -43,7 +43,12 @@ pub struct Reservation<'a> {
     runs: Vec<Range<u64>>,
 }
 
-impl Reservation<'_> {
+impl<'a> Reservation<'a> {
+    /// Of no clusters.
+    pub fn none(tables: &'a Tables) -> Self {
+        Self { refcounts: &tables.refcounts, runs: Vec::new() }
+    }
+
     /// The clusters, in order.
     pub fn clusters(&self) -> impl Iterator<Item = HostCluster> {
         self.runs.iter().cloned().flatten().map(HostCluster)
@@ -86,7 +91,7 @@ pub fn clusters_of(geometry: Geometry, host: Host) -> Range<u64> {
 impl Allocator {
     /// Reserves `count` clusters, contiguous where that can be.
     pub async fn reserve<'a, I: Io>(&self, io: &I, tables: &'a Tables, count: u64) -> Result<Reservation<'a>> {
-        let mut reservation = Reservation { refcounts: &tables.refcounts, runs: Vec::new() };
+        let mut reservation = Reservation::none(tables);
         let mut left = count;
         while left > 0 {
             match tables.refcounts.with(|state| find::take(state, left))? {

@@ -40,7 +40,8 @@ pub enum Content {
 }
 
 impl Layer {
-    fn size_bytes(&self) -> u64 {
+    /// Size of the disk that the file holds.
+    pub fn size_bytes(&self) -> u64 {
         match &self.content {
             Content::Qcow2 { tables, .. } => tables.size_bytes(),
             Content::Raw { size_bytes, .. } => *size_bytes,

@@ -8,6 +8,7 @@ pub mod chain;
 pub mod create;
 mod flush;
 pub mod info;
+mod link;
 pub mod load;
 pub mod map;
 mod open;
@@ -16,6 +17,7 @@ mod own;
 mod read;
 pub mod status;
 pub mod write;
+pub mod zero;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -40,6 +42,7 @@ pub use options::{
 };
 pub use status::Stats;
 pub use write::WriteFlags;
+pub use zero::ZeroFlags;
 
 /// An open image. All calls take `&self` and may come from any number of threads at once.
 pub struct Image {
@@ -109,6 +112,17 @@ impl Image {
     /// As [`Image::write`], from one buffer.
     pub fn pwrite(&self, buffer: &[u8], offset: u64) -> Result<()> {
         self.write(&[IoSrc::from(buffer)], GuestOffset(offset), WriteFlags::default())
+    }
+
+    /// Makes a range read as zeroes, with as little writing as possible.
+    pub fn write_zeroes(&self, offset: u64, length: u64, flags: ZeroFlags) -> Result<()> {
+        block_on(self.write_zeroes_with(&Blocking, GuestOffset(offset), length, flags))
+    }
+
+    /// Gives up what a range holds, by clusters and subclusters that lie in it as a whole. What was given up reads as
+    /// zeroes; the rest stays.
+    pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        block_on(self.discard_with(&Blocking, GuestOffset(offset), length))
     }
 
     /// Makes everything durable that was acknowledged before the call: data and what is needed to find it.

@@ -7,9 +7,10 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::Image;
-use crate::alloc::{Reservation, clusters_of};
+use super::link::{Change, look_up};
+use crate::alloc::Reservation;
 use crate::error::{Error, Result};
-use crate::format::{ClusterState, GuestOffset, Host, HostCluster, HostOffset, L2Entry};
+use crate::format::{ClusterState, GuestOffset, Host, HostCluster, HostOffset};
 use crate::plan::read::Source;
 use crate::plan::write::{Target, WritePlan, plan_write};
 use crate::plan::{Span, split};
@@ -70,7 +71,13 @@ impl Image {
 
     /// Returns whether anything but pure overwriting was needed.
     #[inline]
-    async fn write_range<I: Io>(&self, io: &I, pieces: &[IoSrc<'_>], offset: GuestOffset, length: u64) -> Result<bool> {
+    pub(super) async fn write_range<I: Io>(
+        &self,
+        io: &I,
+        pieces: &[IoSrc<'_>],
+        offset: GuestOffset,
+        length: u64,
+    ) -> Result<bool> {
         let tables = self.active();
         let _pin = self.allocator.epochs.pin();
         if let Some(host) = tables.mapped(offset, length, true) {
@@ -126,10 +133,8 @@ impl Image {
         length: u64,
     ) -> Result<()> {
         let tables = self.active();
-        let geometry = tables.geometry;
-        let (first, last) = (geometry.guest_cluster(at), geometry.guest_cluster(at.plus(length - 1)));
-        let _claim = self.cluster_claims.claim(first.0..last.0 + 1).await;
-        self.own_l2_table(io, geometry.l1_index(at)).await?;
+        let _claim = self.claim_clusters(at, length).await;
+        self.own_l2_table(io, tables.geometry.l1_index(at)).await?;
         let mut steps = plan_steps(io, tables, at, length).await?;
         let new = steps.iter().filter(|s| s.plan.target == Target::New).count() as u64;
         let reservation = self.allocator.reserve(io, tables, new).await?;
@@ -213,30 +218,14 @@ impl Image {
 
     /// Makes the new state of all steps visible at once, and releases the clusters that were replaced.
     async fn link<I: Io>(&self, io: &I, steps: &[Step], reservation: Reservation<'_>, _data: Written) -> Result<()> {
-        let tables = self.active();
-        let geometry = tables.geometry;
-        let entries: Vec<(usize, L2Entry)> = steps
-            .iter()
-            .filter_map(|step| {
-                let bits = step.plan.next?;
-                let host = Host::Cluster { cluster: step.host, copied: true };
-                let state = ClusterState { host, alloc: bits.alloc, zero: bits.zero };
-                Some((geometry.entry_in_slice(step.cluster_at), L2Entry::encode(state, geometry)))
-            })
-            .collect();
-        if entries.is_empty() {
-            return Ok(());
-        }
-        let slice = geometry.slice_index(steps[0].cluster_at);
-        while !tables.l2.update(slice, &entries) {
-            tables.load_slice(io, slice).await?; // it was evicted meanwhile
-        }
-        let change = tables.order.number_change();
-        reservation.keep();
-        for step in steps.iter().filter(|s| s.plan.releases_old) {
-            self.allocator.release(clusters_of(geometry, step.old.host), change);
-        }
-        Ok(())
+        let changes = steps.iter().filter_map(|step| {
+            let bits = step.plan.next?;
+            let host = Host::Cluster { cluster: step.host, copied: true };
+            let state = ClusterState { host, alloc: bits.alloc, zero: bits.zero };
+            let released = if step.plan.releases_old { step.old.host } else { Host::None };
+            Some(Change { cluster_at: step.cluster_at, state, released })
+        });
+        self.link_changes(io, changes.collect(), reservation).await
     }
 }
 
@@ -246,22 +235,16 @@ async fn plan_steps<I: Io>(io: &I, tables: &Tables, at: GuestOffset, length: u64
     let (mut at, end) = (at, at.0 + length);
     let mut steps = Vec::new();
     while at.0 < end {
-        let looked = match tables.state(at)? {
-            Found::Hit(looked) => looked,
-            Found::Miss(slice) => {
-                tables.load_slice(io, slice).await?;
-                continue;
-            }
-        };
+        let old = look_up(io, tables, at).await?;
         let start = geometry.in_cluster(at);
         let payload = Span { start, end: geometry.cluster_size_bytes().min(start + (end - at.0)) };
-        let plan = plan_write(geometry, looked.state, payload);
+        let plan = plan_write(geometry, old, payload);
         let host = match plan.target {
             Target::InPlace(cluster) => cluster,
             Target::New => HostCluster(0),
         };
         let cluster_at = GuestOffset(at.0 - start);
-        steps.push(Step { cluster_at, old: looked.state, plan, host });
+        steps.push(Step { cluster_at, old, plan, host });
         at = at.plus(payload.len());
     }
     Ok(steps)

@@ -11,7 +11,7 @@ use std::ops::ControlFlow;
 
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::l2::{COPIED, decode_l1};
-use crate::format::{ClusterState, Geometry, GuestOffset, Header, Host, HostOffset, L1Index, L2Entry, SliceIndex};
+use crate::format::{ClusterState, Geometry, GuestOffset, Header, Host, HostOffset, L1Index, SliceIndex};
 use crate::plan::Span;
 use crate::plan::read::{Run, Source, continues, plain_data, run_at};
 use crate::storage::{Io, IoDst};
@@ -34,15 +34,6 @@ pub enum Found<T> {
     Hit(T),
     /// This slice has to be loaded first.
     Miss(SliceIndex),
-}
-
-/// State of one guest cluster, as the planner wants it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Looked {
-    /// The decoded entry; COPIED only counts if the L2 table is ours as well.
-    pub state: ClusterState,
-    /// The entry as stored.
-    pub entry: L2Entry,
 }
 
 /// The tables of one open image file.
@@ -182,8 +173,9 @@ impl Tables {
         }
     }
 
-    /// State of the cluster that `offset` lies in. The L2 table must exist.
-    pub fn state(&self, offset: GuestOffset) -> Result<Found<Looked>> {
+    /// State of the cluster that `offset` lies in, whose L2 table must exist. COPIED only counts if that table is
+    /// ours as well.
+    pub fn state(&self, offset: GuestOffset) -> Result<Found<ClusterState>> {
         let (_, ours) = self.table(self.geometry.l1_index(offset))?;
         let slice = self.geometry.slice_index(offset);
         let entry = self.l2.look(slice, |view| view.entry(self.geometry.entry_in_slice(offset)));
@@ -193,7 +185,7 @@ impl Tables {
         if let Host::Cluster { copied, .. } = &mut state.host {
             *copied &= ours;
         }
-        Ok(Found::Hit(Looked { state, entry }))
+        Ok(Found::Hit(state))
     }
 
     /// Host offset of the L2 table behind an L1 entry (0: none), and whether it belongs to the active state alone.

@@ -1,0 +1,65 @@
+//! What every change of guest data has in common: the claim on clusters, the lookup under it, and the one place where
+//! L2 entries are written.
+
+use super::Image;
+use crate::alloc::{Reservation, clusters_of};
+use crate::error::Result;
+use crate::format::{ClusterState, GuestOffset, Host, L2Entry};
+use crate::storage::Io;
+use crate::tables::{Found, Tables};
+use crate::wait::ClaimFuture;
+
+/// A new entry for a cluster.
+pub(super) struct Change {
+    /// First byte of the cluster.
+    pub(super) cluster_at: GuestOffset,
+    /// Its new state, from `plan`.
+    pub(super) state: ClusterState,
+    /// What the old entry referred to, if the new one does not.
+    pub(super) released: Host,
+}
+
+impl Image {
+    /// Claims all clusters that a range touches: what two changes in flight may not share is the CLUSTER, however
+    /// little of it they change (scenarios, section 0 and R).
+    pub(super) fn claim_clusters(&self, at: GuestOffset, length: u64) -> ClaimFuture<'_> {
+        let geometry = self.active().geometry;
+        let (first, last) = (geometry.guest_cluster(at), geometry.guest_cluster(at.plus(length - 1)));
+        self.cluster_claims.claim(first.0..last.0 + 1)
+    }
+
+    /// Makes new entries of one slice visible at once, and releases what they no longer refer to. Whoever links a host
+    /// cluster has reserved it, and has written to it what the entry says is there.
+    pub(super) async fn link_changes<I: Io>(
+        &self,
+        io: &I,
+        changes: Vec<Change>,
+        reservation: Reservation<'_>,
+    ) -> Result<()> {
+        let Some(first) = changes.first() else { return Ok(()) };
+        let tables = self.active();
+        let geometry = tables.geometry;
+        let slice = geometry.slice_index(first.cluster_at);
+        let encode = |c: &Change| (geometry.entry_in_slice(c.cluster_at), L2Entry::encode(c.state, geometry));
+        let entries: Vec<(usize, L2Entry)> = changes.iter().map(encode).collect();
+        while !tables.l2.update(slice, &entries) {
+            tables.load_slice(io, slice).await?; // it was evicted meanwhile
+        }
+        let number = tables.order.number_change();
+        reservation.keep();
+        for change in changes.iter().filter(|c| c.released != Host::None) {
+            self.allocator.release(clusters_of(geometry, change.released), number);
+        }
+        Ok(())
+    }
+}
+
+/// State of a cluster whose L2 table exists.
+pub(super) async fn look_up<I: Io>(io: &I, tables: &Tables, at: GuestOffset) -> Result<ClusterState> {
+    loop {
+        match tables.state(at)? {
+            Found::Hit(state) => return Ok(state),
+            Found::Miss(slice) => tables.load_slice(io, slice).await?,
+        }
+    }
+}
