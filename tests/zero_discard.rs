@@ -139,3 +139,31 @@ fn no_fallback_fails_rather_than_write_data() {
     drop(image);
     let _ = std::fs::remove_dir_all(&dir);
 }
+
+/// Space comes back: filled, discarded and flushed, the file occupies about what a new one does.
+#[test]
+fn a_discarded_image_occupies_what_an_empty_one_does() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = scratch("zero-space");
+    for (name, settings) in [("std", &[][..]), ("ext", &[("extended_l2", "on")][..])] {
+        let path = dir.join(name);
+        let mut options = CreateOptions::default();
+        settings.iter().for_each(|(key, value)| options.set(key, value).unwrap());
+        create(&path, 64 << 20, &options, false).unwrap();
+        let occupied = || std::fs::metadata(&path).unwrap().blocks() * 512;
+        let image = Image::open(&path, &OpenOptions::default()).unwrap();
+        image.pwrite(&[1], 0).unwrap();
+        image.discard(0, 64 << 20).unwrap();
+        image.flush().unwrap();
+        let empty = occupied();
+        image.pwrite(&vec![7; 64 << 20], 0).unwrap();
+        image.flush().unwrap();
+        assert!(occupied() >= 64 << 20);
+        image.discard(0, 64 << 20).unwrap();
+        image.flush().unwrap();
+        assert!(occupied() <= empty + empty / 20 + 65536, "{name}: {} bytes after, {empty} before", occupied());
+        image.close().unwrap();
+        qemu_check(&path);
+    }
+    let _ = std::fs::remove_dir_all(&dir);
+}

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use crate::error::Result;
-use crate::format::{Geometry, Host, HostCluster};
+use crate::format::{Geometry, Host, HostCluster, HostOffset};
 use crate::storage::Io;
 use crate::tables::Tables;
 use crate::tables::refcounts::Refcounts;
@@ -117,8 +117,9 @@ impl Allocator {
         lock(&self.released).len() >= RELEASED_MAX
     }
 
-    /// Lowers the counts of all released clusters for which that is safe now.
-    pub async fn settle<I: Io>(&self, io: &I, tables: &Tables) -> Result<()> {
+    /// Takes back all released clusters for which that is safe now. With `punch`, the file first gives up the space of
+    /// those that become free: after that they may be handed out again at any moment (D11).
+    pub async fn settle<I: Io>(&self, io: &I, tables: &Tables, punch: bool) -> Result<()> {
         self.epochs.advance();
         let durable = tables.order.durable_through();
         let mut ready = tables.refcounts.with(|state| std::mem::take(&mut state.give_back));
@@ -129,7 +130,11 @@ impl Allocator {
             }
             !safe
         });
+        ready.sort_unstable();
         let mut lowering = Lowering { refcounts: &tables.refcounts, left: ready };
+        if punch {
+            punch_freed(io, tables, &lowering.left).await?;
+        }
         while let Some(&cluster) = lowering.left.last() {
             match tables.refcounts.with(|state| state.lower(cluster)) {
                 Ok(Ok(())) => drop(lowering.left.pop()),
@@ -141,6 +146,37 @@ impl Allocator {
             }
         }
         Ok(())
+    }
+}
+
+/// Punches the clusters whose counts are about to become 0, neighbours at once. `clusters` is sorted; a cluster that
+/// loses several references is in it as many times.
+async fn punch_freed<I: Io>(io: &I, tables: &Tables, clusters: &[HostCluster]) -> Result<()> {
+    let mut run = 0..0;
+    for group in clusters.chunk_by(|a, b| a == b) {
+        let count = loop {
+            match tables.refcounts.with(|state| state.get(group[0])) {
+                Ok(count) => break count,
+                Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
+            }
+        };
+        if count != group.len() as u64 {
+            continue;
+        }
+        if run.end != group[0].0 {
+            punch(io, tables, &run).await;
+            run = group[0].0..group[0].0;
+        }
+        run.end += 1;
+    }
+    punch(io, tables, &run).await;
+    Ok(())
+}
+
+async fn punch<I: Io>(io: &I, tables: &Tables, run: &Range<u64>) {
+    let size = tables.geometry.cluster_size_bytes();
+    if !run.is_empty() {
+        tables.file.punch_hole(io, HostOffset(run.start * size), (run.end - run.start) * size).await;
     }
 }
 

@@ -23,7 +23,7 @@ impl Image {
             return Err(self.note_error(io, e).await);
         }
         // Everything is durable. What is freed now only decides how much space can be used again.
-        match self.allocator.settle(io, tables).await {
+        match self.allocator.settle(io, tables, self.unmap).await {
             Ok(()) => Ok(()),
             Err(e @ Error::Corrupt(_)) => Err(self.note_error(io, e).await),
             Err(e) => {
@@ -51,7 +51,7 @@ impl Image {
         let tables = self.active();
         tables.flush(io).await?;
         if before & CORRUPT == 0 {
-            self.allocator.settle(io, tables).await?;
+            self.allocator.settle(io, tables, self.unmap).await?;
             if tables.refcounts.with(|state| state.dirty_blocks()) > 0 {
                 tables.flush(io).await?;
             }

@@ -56,6 +56,7 @@ pub struct Image {
     table_claims: Claims,   // L1 entries whose L2 table is being made ours. Taken under a cluster claim, never before
     header_claims: Claims,
     status: Status,
+    unmap: bool, // freed clusters are punched out of the file, and discards are followed
     counters: Counters,
     log: Option<Logger>,
 }

@@ -7,7 +7,7 @@ use super::Image;
 use super::backing::{Folder, open_file};
 use super::chain::{Chain, Content, Layer};
 use super::load::load_header;
-use super::options::{BackingFormat, LogLevel, MissingFormat, OpenOptions};
+use super::options::{BackingFormat, Discard, LogLevel, MissingFormat, OpenOptions};
 use super::status::{CORRUPT, Counters, INSPECT, READ_ONLY, Status, UNTOUCHED};
 use crate::alloc::Allocator;
 use crate::codec;
@@ -83,6 +83,7 @@ impl Image {
             table_claims: Claims::default(),
             header_claims: Claims::default(),
             status: Status::new(bits),
+            unmap: options.discard == Discard::Unmap,
             counters: Counters::default(),
             log: options.log.clone(),
         })

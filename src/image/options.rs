@@ -82,6 +82,16 @@ pub enum MissingFormat {
     Raw,
 }
 
+/// What becomes of space that the guest gives up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Discard {
+    /// Discards are followed, and clusters that become free are punched out of the file.
+    #[default]
+    Unmap,
+    /// Discards do nothing; the file keeps the space of freed clusters for itself.
+    Ignore,
+}
+
 /// How to open an image.
 #[derive(Clone)]
 pub struct OpenOptions {
@@ -95,6 +105,8 @@ pub struct OpenOptions {
     pub backing_fmt_missing: MissingFormat,
     /// Most backing files under the image.
     pub backing_depth_max: u32,
+    /// What becomes of space that the guest gives up.
+    pub discard: Discard,
     /// Bytes of L2 tables kept in memory.
     pub l2_cache_size: u64,
     /// Bytes of refcount blocks kept in memory.
@@ -115,6 +127,7 @@ impl Default for OpenOptions {
             backing: BackingPolicy::default(),
             backing_fmt_missing: MissingFormat::default(),
             backing_depth_max: 200,
+            discard: Discard::default(),
             l2_cache_size: 32 << 20,
             refcount_cache_size: 8 << 20,
             backing_storages: Vec::new(),
@@ -133,6 +146,7 @@ impl fmt::Debug for OpenOptions {
             .field("backing", &self.backing)
             .field("backing_fmt_missing", &self.backing_fmt_missing)
             .field("backing_depth_max", &self.backing_depth_max)
+            .field("discard", &self.discard)
             .field("l2_cache_size", &self.l2_cache_size)
             .field("refcount_cache_size", &self.refcount_cache_size)
             .field("backing_storages", &self.backing_storages.len())
@@ -167,6 +181,13 @@ impl OpenOptions {
                 self.backing_depth_max = match value.parse() {
                     Ok(depth) if depth <= DEPTH_MAX => depth,
                     _ => return not_acceptable(key, value, "a number of files from 0 to 1000"),
+                }
+            }
+            "discard" => {
+                self.discard = match value {
+                    "unmap" | "on" => Discard::Unmap,
+                    "ignore" | "off" => Discard::Ignore,
+                    _ => return not_acceptable(key, value, "unmap (or on), or ignore (or off)"),
                 }
             }
             "l2_cache_size" => self.l2_cache_size = parse_cache_size(key, value)?,
@@ -412,6 +433,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     for_open("backing_fmt_missing", OptionKind::Choice(&["refuse", "raw"]), "refuse",
         "what to do about a backing file without a declared format"),
     for_open("backing_depth_max", OptionKind::Number, "200", "most backing files under the image"),
+    for_open("discard", OptionKind::Choice(&["unmap", "ignore", "on", "off"]), "unmap",
+        "whether discards and freed clusters give space back"),
     for_open("l2_cache_size", OptionKind::Size, "32M", "memory for L2 tables"),
     for_open("refcount_cache_size", OptionKind::Size, "8M", "memory for refcount blocks"),
     for_create("cluster_size", OptionKind::Size, "64k", "cluster size, a power of two from 512 to 2M"),

@@ -58,6 +58,9 @@ impl Image {
         if !self.status.is_clear() {
             self.prepare_write(io).await?;
         }
+        if !self.unmap {
+            return Ok(());
+        }
         let result = self.discard_range(io, offset, length).await;
         self.finish_change(io, result).await
     }

@@ -127,6 +127,19 @@ impl Storage for FileStorage {
         self.file.set_len(size)
     }
 
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        let (offset, length) = (signed(offset)?, signed(length)?);
+        loop {
+            // SAFETY: an own descriptor, and no memory is passed.
+            let done = unsafe {
+                libc::fallocate(self.fd(), libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
+            };
+            if outcome(done as libc::ssize_t)?.is_some() {
+                return Ok(());
+            }
+        }
+    }
+
     fn allocated_bytes(&self) -> Option<u64> {
         self.file.metadata().ok().map(|m| m.blocks() * 512)
     }

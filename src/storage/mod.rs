@@ -153,6 +153,12 @@ pub trait Storage: Send + Sync {
     /// Sets the size; new bytes read as zero.
     fn truncate(&self, size: u64) -> io::Result<()>;
 
+    /// Gives up the space of a range, which reads as zeroes afterwards. Optional: space is all that is lost without it.
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        let _ = (offset, length);
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
+
     /// Bytes that the storage occupies, where that is known.
     fn allocated_bytes(&self) -> Option<u64> {
         None
@@ -174,6 +180,11 @@ pub trait Io: Sync {
 
     /// As [`Storage::flush`].
     fn flush(&self, on: &dyn Storage) -> impl Future<Output = io::Result<()>>;
+
+    /// As [`Storage::punch_hole`].
+    fn punch_hole(&self, on: &dyn Storage, offset: u64, length: u64) -> impl Future<Output = io::Result<()>> {
+        async move { on.punch_hole(offset, length) }
+    }
 }
 
 /// Inline I/O in the calling thread: every future is ready at its first poll.

@@ -15,12 +15,13 @@ const FLUSH_FAILED: &str = "an earlier flush to disk failed, and what it should 
 pub struct HostFile {
     storage: Arc<dyn Storage>,
     flush_failed: AtomicBool,
+    cannot_punch: AtomicBool,
 }
 
 impl HostFile {
     /// Takes over an open storage.
     pub fn new(storage: Arc<dyn Storage>) -> Self {
-        Self { storage, flush_failed: AtomicBool::new(false) }
+        Self { storage, flush_failed: AtomicBool::new(false), cannot_punch: AtomicBool::new(false) }
     }
 
     /// The storage below.
@@ -49,6 +50,14 @@ impl HostFile {
     /// Writes one run of bytes.
     pub async fn write_bytes<I: Io>(&self, io: &I, bytes: &[u8], offset: HostOffset) -> Result<()> {
         self.write(io, &[IoSrc::from(bytes)], offset).await
+    }
+
+    /// Gives up the space of a range that nothing refers to. Advice: that it cannot be done is no error.
+    pub async fn punch_hole<I: Io>(&self, io: &I, offset: HostOffset, length: u64) {
+        if !self.cannot_punch.load(Ordering::Relaxed) && self.check_flushes().is_ok() {
+            let punched = io.punch_hole(&*self.storage, offset.0, length).await;
+            self.cannot_punch.fetch_or(punched.is_err(), Ordering::Relaxed);
+        }
     }
 
     /// Makes all completed writes durable. A failure is final for this handle.
