@@ -61,7 +61,7 @@ impl Image {
     }
 
     /// Reads a table that is shared with a snapshot. Nothing in it can be ours alone, whatever its flags say: they
-    /// are only accurate in tables of the active state (spec, "L2 table entry"; H4).
+    /// are only accurate in tables of the active state (spec, "L2 table entry"; D4).
     async fn read_shared_table<I: Io>(&self, io: &I, index: L1Index, at: HostOffset, table: &mut [u8]) -> Result<()> {
         let tables = self.active();
         let got = tables.file.read(io, &[IoDst::from(&mut *table)], at).await?;

@@ -71,6 +71,26 @@ fn what_the_documents_name_exists() {
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
+/// D1, M3, O7: the invariants that comments cite.
+fn is_invariant(word: &str) -> bool {
+    let digits = word.strip_prefix(['D', 'M', 'O']);
+    digits.is_some_and(|digits| !digits.is_empty() && digits.len() < 3 && digits.bytes().all(|b| b.is_ascii_digit()))
+}
+
+#[test]
+fn the_invariants_that_comments_cite_are_in_the_design() {
+    let design = project_file("docs/design.md");
+    let mut cited = 0;
+    for source in source::all().iter().filter(|source| source.path.starts_with("src/") && source.is_rust()) {
+        let comments = source.text.lines().filter_map(|line| line.split_once("//"));
+        for id in comments.flat_map(|(_, comment)| words(comment)).filter(|word| is_invariant(word)) {
+            cited += 1;
+            assert!(design.contains(&format!("| {id} |")), "{}: {id} is not in docs/design.md", source.path);
+        }
+    }
+    assert!(cited > 10, "only {cited} are found");
+}
+
 #[test]
 fn names_that_do_not_exist_are_noticed() {
     let sources = [Source::new("src/tables/l2.rs", "pub struct Slice;\nimpl Slice {\n    fn load() {}\n}\n")];
