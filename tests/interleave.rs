@@ -188,7 +188,7 @@ fn interleaving(start: &Start, seed: u64, dir: &qemu::Dir, name: &str) {
             assert!(found == *expected, "{label}: sector {sector} reads otherwise on the disk after close");
         }
     }
-    if seed % 1000 == 0 {
+    if seed.is_multiple_of(1000) {
         let path = dir.path("end.qcow2");
         std::fs::write(&path, end.to_file()).unwrap();
         qemu::check(&path, false);

@@ -58,7 +58,7 @@ fn each_kind_of_damage_is_named() {
     };
     expect("D1", &|b| b[0] = 0);
     expect("D2", &|b| word(b, entry_10, 1 << 63 | 1 << 40));
-    expect("D2", &|b| word(b, entry_10, 1 << 63 | host * 512 + 512));
+    expect("D2", &|b| word(b, entry_10, (1 << 63) | (host * 512 + 512)));
     expect("D3", &|b| b[block + (host as usize / 128) * 2 + 1] = 0);
     expect("D4", &|b| {
         let shared = layout.u64(table);

@@ -110,7 +110,9 @@ impl Judge {
         if bytes == 0 {
             return;
         }
-        if offset % layout.cluster() != 0 || offset + bytes > layout.image.size.next_multiple_of(layout.cluster()) {
+        if !offset.is_multiple_of(layout.cluster())
+            || offset + bytes > layout.image.size.next_multiple_of(layout.cluster())
+        {
             return self.bad(format!("D2: {what} at 0x{offset:x} is unaligned or outside of the file"));
         }
         for cluster in offset / layout.cluster()..(offset + bytes).div_ceil(layout.cluster()) {
@@ -144,7 +146,7 @@ impl Judge {
 
     /// One pointer to one cluster; false where it points nowhere sensible (D2).
     fn pointer(&mut self, layout: &Layout<'_>, offset: u64, role: Role, user: (usize, u64), place: u64) -> bool {
-        if offset % layout.cluster() != 0 || offset >= layout.image.size {
+        if !offset.is_multiple_of(layout.cluster()) || offset >= layout.image.size {
             self.bad(format!(
                 "D2: {role:?} pointer 0x{offset:x} at 0x{place:x} is unaligned or past the end of the file (0x{:x})",
                 layout.image.size
@@ -218,7 +220,7 @@ impl Judge {
 
     /// D3 (refcount >= references, unless the dirty bit says that counts are off), D4 (COPIED), leaks.
     fn compare_counts(&mut self, layout: &Layout<'_>, blocks: &[u64]) {
-        let per_block = layout.cluster() * 8 >> layout.refcount_order;
+        let per_block = (layout.cluster() * 8) >> layout.refcount_order;
         for cluster in 0..self.references.len() {
             let references = self.references[cluster];
             if references == 0 || layout.dirty {

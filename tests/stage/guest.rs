@@ -76,7 +76,7 @@ impl Guest {
     /// `phase`: what is damaged is rarely one sector alone, and never in one crash state alone.
     pub fn sample(&self, phase: u64, n: u64) -> impl Iterator<Item = u64> + '_ {
         let wanted = move |(sector, versions): (&u64, &Vec<Version>)| {
-            (versions.len() > 1 || (sector + phase) % n == 0).then_some(*sector)
+            (versions.len() > 1 || (sector + phase).is_multiple_of(n)).then_some(*sector)
         };
         self.sectors.iter().filter_map(wanted)
     }

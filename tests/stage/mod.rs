@@ -80,7 +80,7 @@ pub fn judge_sample(
                 let is = content_of(&found);
                 wrong.push(format!(
                     "D7: snapshot {tree}, guest sector {sector} reads {is}, was {}",
-                    content_of(&**content)
+                    content_of(content)
                 ));
             }
         }
