@@ -118,7 +118,7 @@ impl Allocator {
     }
 
     /// Takes back all released clusters for which that is safe now. With `punch`, the file first gives up the space of
-    /// those that become free: after that they may be handed out again at any moment (D11).
+    /// those that become free: after that they may be handed out again at any moment (scenario D11).
     pub async fn settle<I: Io>(&self, io: &I, tables: &Tables, punch: bool) -> Result<()> {
         self.epochs.advance();
         let durable = tables.order.durable_through();
