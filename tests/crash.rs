@@ -16,12 +16,12 @@ use std::sync::Mutex;
 
 use judge::Judge;
 use qcow2::format::GuestOffset;
-use qcow2::image::{Image, WriteFlags};
+use qcow2::image::{Image, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, Rng, Scheduler, SimDisk, SimIo, Task};
 use qcow2::storage::{IoSrc, Storage};
 use stage::{Case, Guest, Start, cases, judge_disk, judge_sample, open, pattern, reopen_and_write};
 
-const STATES_BY_DEFAULT: u64 = 800_000;
+const STATES_BY_DEFAULT: u64 = 400_000;
 /// One state in this many is opened again.
 const REOPEN_ONE_IN: u64 = 50;
 
@@ -99,13 +99,17 @@ impl Watch<'_> {
 #[derive(Debug, Clone)]
 enum Step {
     Write { offset: u64, length: u64, fua: bool },
+    Zero { offset: u64, length: u64, unmap: bool },
+    Discard { offset: u64, length: u64 },
     Flush,
 }
 
 fn overlaps(steps: &[Step], offset: u64, length: u64) -> bool {
     let sectors = |offset: u64, length: u64| offset / 512..(offset + length).div_ceil(512);
     steps.iter().any(|step| match step {
-        Step::Write { offset: o, length: l, .. } => {
+        Step::Write { offset: o, length: l, .. }
+        | Step::Zero { offset: o, length: l, .. }
+        | Step::Discard { offset: o, length: l } => {
             let (a, b) = (sectors(*o, *l), sectors(offset, length));
             a.start < b.end && b.start < a.end
         }
@@ -124,8 +128,21 @@ fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
         }
         let align = if rng.one_in(3) { 1 } else { 512 };
         let (offset, length) = start.random_range(rng, align);
+        let step = match rng.below(8) {
+            0 => Step::Zero { offset, length, unmap: rng.one_in(2) },
+            1 => {
+                let (offset, length) = start.random_cluster(rng);
+                Step::Discard { offset, length }
+            }
+            _ => Step::Write { offset, length, fua: rng.one_in(8) },
+        };
+        let (Step::Write { offset, length, .. } | Step::Zero { offset, length, .. } | Step::Discard { offset, length }) =
+            step
+        else {
+            unreachable!("flushes were made above")
+        };
         if !overlaps(&steps, offset, length) {
-            steps.push(Step::Write { offset, length, fua: rng.one_in(8) });
+            steps.push(step);
         }
     }
     steps
@@ -148,6 +165,17 @@ async fn perform(
                 true => guest.borrow_mut().forced(&ticket),
                 false => guest.borrow_mut().complete(&ticket),
             }
+        }
+        Step::Zero { offset, length, unmap } => {
+            let ticket = guest.borrow_mut().issue(offset, &vec![0; length as usize]);
+            let flags = ZeroFlags { may_unmap: unmap, ..ZeroFlags::default() };
+            image.write_zeroes_with(io, GuestOffset(offset), length, flags).await?;
+            guest.borrow_mut().complete(&ticket);
+        }
+        Step::Discard { offset, length } => {
+            let ticket = guest.borrow_mut().issue(offset, &vec![0; length as usize]);
+            image.discard_with(io, GuestOffset(offset), length).await?;
+            guest.borrow_mut().complete(&ticket);
         }
         Step::Flush => {
             let began = guest.borrow().now();

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use judge::{Judge, Layout};
 use qcow2::format::GuestOffset;
-use qcow2::image::{Image, WriteFlags};
+use qcow2::image::{Image, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{Rng, Scheduler, SimDisk, SimIo, Task};
 use qcow2::storage::{Blocking, IoDst, IoSrc};
 use stage::{Case, Guest, Start, cases, open, pattern};
@@ -26,6 +26,8 @@ const INTERLEAVINGS_BY_DEFAULT: u64 = 20_000;
 enum Kind {
     Read,
     Write,
+    Zero,
+    Discard,
     Flush,
 }
 
@@ -72,6 +74,11 @@ async fn perform(image: &Image, io: &SimIo, clock: &Cell<u64>, done: &RefCell<Ve
     match request.kind {
         Kind::Flush => image.flush_with(io).await.unwrap(),
         Kind::Read => image.read_with(io, &[IoDst::from(&mut request.data[..])], offset).await.unwrap(),
+        Kind::Zero => {
+            let flags = ZeroFlags { may_unmap: request.fua, ..ZeroFlags::default() };
+            image.write_zeroes_with(io, offset, request.data.len() as u64, flags).await.unwrap();
+        }
+        Kind::Discard => image.discard_with(io, offset, request.data.len() as u64).await.unwrap(),
         Kind::Write => {
             let flags = WriteFlags { fua: request.fua };
             // Two pieces, so that lists of memory pieces are cut at odd places as well.
@@ -96,10 +103,19 @@ fn random_requests(rng: &mut Rng, start: &Start) -> Vec<Request> {
             offset = offset.min(end - ATOM);
             length = length.min(end - offset);
         }
-        let kind = [Kind::Write, Kind::Write, Kind::Write, Kind::Read, Kind::Read, Kind::Flush][rng.below(6) as usize];
+        let kind = [
+            [Kind::Write; 4],
+            [Kind::Read, Kind::Read, Kind::Read, Kind::Flush],
+            [Kind::Zero, Kind::Zero, Kind::Discard, Kind::Flush],
+        ][[0, 0, 1, 1, 2][rng.below(5) as usize]][rng.below(4) as usize];
+        if kind == Kind::Discard {
+            let cluster = offset / start.cluster * start.cluster;
+            (offset, length) = (cluster, start.cluster.min(start.guest_size - cluster));
+        }
         let data = match kind {
             Kind::Write => pattern(op + 1, offset, length),
             Kind::Read => vec![0xee; length as usize],
+            Kind::Zero | Kind::Discard => vec![0; length as usize],
             Kind::Flush => Vec::new(),
         };
         requests.push(Request { kind, offset, data, fua: rng.one_in(8), began: 0, ended: 0 });

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use judge::{Judge, Layout};
-use qcow2::image::{BackingPolicy, Image, OpenOptions};
+use qcow2::image::{BackingPolicy, Image, OpenOptions, ZeroFlags};
 use qcow2::storage::sim::{DiskImage, Rng};
 
 /// A shape of image.
@@ -170,7 +170,21 @@ fn one_thread_against_a_flat_array() {
                     image.close().unwrap_or_else(|why| panic!("{label}, op {op}: close: {why}"));
                     image = open(&path, tiny);
                 }
-                2..8 => {
+                2 => {
+                    let flags = ZeroFlags { may_unmap: rng.one_in(2), fua: rng.one_in(9), ..ZeroFlags::default() };
+                    let done = image.write_zeroes(offset, length, flags);
+                    done.unwrap_or_else(|why| panic!("{label}, op {op}: zeroes, {length} at {offset}: {why}"));
+                    content[slice].fill(0);
+                }
+                3 if shape.version == 3 => {
+                    let cluster = 1u64 << shape.cluster_bits;
+                    let from = offset / cluster * cluster;
+                    let to = (offset + length).next_multiple_of(cluster).min(shape.size);
+                    let done = image.discard(from, to - from);
+                    done.unwrap_or_else(|why| panic!("{label}, op {op}: discard of {from}..{to}: {why}"));
+                    content[from as usize..to as usize].fill(0);
+                }
+                3..8 => {
                     let mut found = vec![0xaa; length as usize];
                     image.pread(&mut found, offset).unwrap_or_else(|why| panic!("{label}, op {op}: read: {why}"));
                     let wrong = found.iter().zip(&content[slice]).position(|(a, b)| a != b);

@@ -163,6 +163,12 @@ impl Start {
         found
     }
 
+    /// A hot cluster as a range: what a discard gives up as a whole.
+    pub fn random_cluster(&self, rng: &mut Rng) -> (u64, u64) {
+        let cluster = self.hot[rng.below(self.hot.len() as u64) as usize];
+        (cluster * self.cluster, self.cluster.min(self.guest_size - cluster * self.cluster))
+    }
+
     /// A range to write to: head, middle, tail or all of a subcluster or cluster, two clusters, or a few bytes;
     /// it starts and ends at multiples of `align`.
     pub fn random_range(&self, rng: &mut Rng, align: u64) -> (u64, u64) {

@@ -172,6 +172,14 @@ impl SimDisk {
         outcome.map(|()| id)
     }
 
+    /// Performs a punch: zeroes, up to the end of the file.
+    pub(super) fn begin_punch(&self, offset: u64, length: u64) -> io::Result<u64> {
+        let mut state = self.lock();
+        state.fault_for("punch", offset)?;
+        let inside = length.min(state.current.size.saturating_sub(offset));
+        Ok(state.write(&vec![0; inside as usize], offset))
+    }
+
     /// The write has been reported to its caller.
     pub(super) fn complete(&self, id: u64) {
         let mut state = self.lock();
@@ -306,6 +314,12 @@ impl Storage for SimDisk {
     fn flush(&self) -> io::Result<()> {
         let token = self.begin_flush();
         self.end_flush(token)
+    }
+
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        let id = self.begin_punch(offset, length)?;
+        self.complete(id);
+        Ok(())
     }
 
     fn size(&self) -> io::Result<u64> {

@@ -77,6 +77,15 @@ impl Io for SimIo {
         self.pause().await;
         disk.end_flush(token)
     }
+
+    async fn punch_hole(&self, on: &dyn Storage, offset: u64, length: u64) -> io::Result<()> {
+        let Some(disk) = self.disk(on) else { return on.punch_hole(offset, length) };
+        self.pause().await;
+        let outcome = disk.begin_punch(offset, length);
+        self.pause().await;
+        disk.complete(outcome?);
+        Ok(())
+    }
 }
 
 /// A task that a [`Scheduler`] runs.
