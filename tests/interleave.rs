@@ -1,4 +1,4 @@
-//! Interleavings. Two to six requests run at once on one image under a seeded scheduler; what each read saw and what
+//! Interleavings. Two to eight requests of up to four clients run at once on one image under a seeded scheduler; what each read saw and what
 //! is there afterwards must be explained, atom by atom, by some order of the requests in which none moves before
 //! one that had ended when it began. Then the image is judged, and now and then shown to qemu-img.
 //!
@@ -90,11 +90,21 @@ async fn perform(image: &Image, io: &SimIo, clock: &Cell<u64>, done: &RefCell<Ve
     done.borrow_mut().push(request);
 }
 
+/// Requests of two to four clients: each sends its next one when the one before has been answered.
+fn random_clients(rng: &mut Rng, start: &Start) -> Vec<Vec<Request>> {
+    let mut clients = vec![Vec::new(); 2 + rng.below(3) as usize];
+    for request in random_requests(rng, start) {
+        let client = rng.below(clients.len() as u64) as usize;
+        clients[client].push(request);
+    }
+    clients
+}
+
 fn random_requests(rng: &mut Rng, start: &Start) -> Vec<Request> {
     // Most requests meet in one or two clusters.
     let around = start.random_range(rng, ATOM);
     let mut requests = Vec::new();
-    for op in 0..2 + rng.below(5) {
+    for op in 0..2 + rng.below(7) {
         let (mut offset, mut length) = start.random_range(rng, ATOM);
         if rng.below(4) > 0 {
             let cluster = around.0 / start.cluster * start.cluster;
@@ -181,12 +191,20 @@ fn interleaving(start: &Start, seed: u64, dir: &qemu::Dir, name: &str) {
     if rng.one_in(2) {
         image.flush().unwrap();
     }
-    let requests = random_requests(&mut rng, start);
+    let clients = random_clients(&mut rng, start);
     let label = format!("{name}, seed {seed}");
     let (clock, done) = (Cell::new(1), RefCell::new(Vec::new()));
-    let tasks = requests.iter().map(|r| Box::pin(perform(&image, &io, &clock, &done, r.clone())) as Task<'_, ()>);
+    let (image_ref, io_ref, clock_ref, done_ref) = (&image, &io, &clock, &done);
+    let tasks = clients.iter().map(|requests| {
+        Box::pin(async move {
+            for request in requests {
+                perform(image_ref, io_ref, clock_ref, done_ref, request.clone()).await;
+            }
+        }) as Task<'_, ()>
+    });
     let stuck = Scheduler::new(rng.next_u64()).run(tasks.collect(), || {}).err();
-    let shapes: Vec<_> = requests.iter().map(|r| (r.kind, r.offset, r.data.len())).collect();
+    let shape = |r: &Request| (r.kind, r.offset, r.data.len());
+    let shapes: Vec<Vec<_>> = clients.iter().map(|c| c.iter().map(shape).collect()).collect();
     assert_eq!(stuck, None, "{label}: {shapes:?}");
     let last = check_history(start, &guest, &image, done.into_inner(), &label);
     image.close().unwrap();

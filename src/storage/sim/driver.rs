@@ -128,13 +128,25 @@ impl Scheduler {
         let flags: Vec<Arc<Flag>> = slots.iter().map(|_| Arc::new(Flag(AtomicBool::new(true)))).collect();
         let mut results: Vec<Option<T>> = slots.iter().map(|_| None).collect();
         let mut ready = Vec::new();
+        // Half of the runs are even-handed. In the others the task of the highest rank runs until, now and then, it
+        // falls behind all others: that is how a request stays in flight while several others come and go.
+        let ranked = self.rng.one_in(2);
+        let mut ranks: Vec<u64> = slots.iter().map(|_| self.rng.next_u64() | 1 << 63).collect();
+        let mut lowest = 1 << 62;
         while slots.iter().any(Option::is_some) {
             ready.clear();
             ready.extend((0..slots.len()).filter(|&i| slots[i].is_some() && flags[i].0.load(Ordering::Acquire)));
             if ready.is_empty() {
                 return Err(Stuck { tasks: (0..slots.len()).filter(|&i| slots[i].is_some()).collect() });
             }
-            let chosen = ready[self.rng.below(ready.len() as u64) as usize];
+            let mut chosen = ready[self.rng.below(ready.len() as u64) as usize];
+            if ranked {
+                chosen = ready.iter().copied().max_by_key(|&i| ranks[i]).unwrap_or(chosen);
+                if self.rng.one_in(12) {
+                    lowest -= 1;
+                    ranks[chosen] = lowest;
+                }
+            }
             flags[chosen].0.store(false, Ordering::Release);
             let waker = Waker::from(flags[chosen].clone());
             let task = slots[chosen].as_mut().expect("only tasks that are not done are ready");
