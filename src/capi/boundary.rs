@@ -59,3 +59,59 @@ fn panicked(panic: Box<dyn Any + Send>) -> Error {
 pub(super) fn null(name: &'static str) -> Error {
     Error::Argument { name, why: "is NULL" }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CStr;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::capi::error::{QCOW2_ERR_PANIC, QCOW2_ERR_POISONED, qcow2_last_error, qcow2_last_error_code};
+    use crate::capi::io::{qcow2_pread, qcow2_pwrite};
+    use crate::image::{CreateOptions, Image, OpenOptions, create_with};
+    use crate::storage::Blocking;
+    use crate::storage::memory::MemoryStorage;
+    use crate::wait::block_on;
+
+    fn last_error() -> String {
+        // SAFETY: a C string that stays valid until the next failing call of this thread.
+        unsafe { CStr::from_ptr(qcow2_last_error()) }.to_string_lossy().into_owned()
+    }
+
+    #[test]
+    fn a_panic_is_an_error_and_poisons_the_handle() {
+        let storage = Arc::new(MemoryStorage::default());
+        block_on(create_with(&Blocking, &*storage, 1 << 20, &CreateOptions::default())).unwrap();
+        let mut image = qcow2_image { image: Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap() };
+        let (handle, mut byte) = (&raw mut image, 7u8);
+        let buf = (&raw mut byte).cast::<libc::c_void>();
+        // SAFETY: an open image, and a buffer of one byte.
+        assert_eq!(unsafe { qcow2_pwrite(handle, buf, 1, 0, 0) }, 0);
+        // SAFETY: an open image.
+        assert_eq!(unsafe { call_on(handle, |_| panic!("the {} fell over", "planner")) }, -libc::EIO);
+        assert_eq!(qcow2_last_error_code(), QCOW2_ERR_PANIC);
+        assert!(last_error().contains("the planner fell over"), "{}", last_error());
+
+        let before = storage.snapshot();
+        // SAFETY: an open image, and a buffer of one byte.
+        assert_eq!(unsafe { qcow2_pwrite(handle, buf, 1, 1 << 19, 0) }, -libc::EIO);
+        assert_eq!(qcow2_last_error_code(), QCOW2_ERR_POISONED);
+        // SAFETY: an open image, and a buffer of one byte.
+        assert_eq!(unsafe { qcow2_pread(handle, buf, 1, 0, 0) }, 0, "reads go on");
+        assert!(image.image.close().is_err());
+        assert_eq!(storage.snapshot(), before, "nothing is written any more, by close neither");
+    }
+
+    #[test]
+    fn a_panic_without_a_handle_is_an_error() {
+        assert_eq!(call(|| panic!("plain")), -libc::EIO);
+        assert_eq!(last_error(), "internal error (this is a bug in libqcow2): plain");
+        assert_eq!(call(|| std::panic::panic_any(5)), -libc::EIO, "a payload that is no text");
+    }
+
+    #[test]
+    fn a_nul_does_not_cut_an_error_text() {
+        assert_eq!(call(|| Err(Error::UnknownOption { key: "a\0b".to_owned() })), -libc::EINVAL);
+        assert_eq!(last_error(), "unknown option 'a\u{fffd}b'");
+    }
+}

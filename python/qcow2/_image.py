@@ -1,0 +1,260 @@
+"""Images as Python objects."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Union
+
+from ._library import CExtent, CInfo, COption, CStats, check, lib
+
+#: Values of options: text as in qemu-img, numbers, and booleans for on and off.
+OptionValue = Union[str, int, bool]
+PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+
+_OVERWRITE = 1
+_FUA = 1
+_EXTENTS_A_CALL = 256
+_DATA, _ZERO, _COMPRESSED, _PRESENT, _OFFSET_VALID = (1 << bit for bit in range(5))
+
+
+def version() -> str:
+    """The version of the library."""
+    text: bytes = lib.qcow2_version_string()
+    return text.decode()
+
+
+def has_feature(name: str) -> bool:
+    """Whether this build of the library has a feature: "zlib", "zstd", "extended_l2"."""
+    return bool(lib.qcow2_has_feature(name.encode()))
+
+
+def option_names() -> list[str]:
+    """The names of all options."""
+    names: list[str] = []
+    option = COption()
+    while lib.qcow2_option_describe(len(names), ctypes.byref(option), ctypes.sizeof(option)) == 0:
+        names.append(option.name.decode())
+    return names
+
+
+class _Options:
+    """A qcow2_opts for the length of a with block."""
+
+    def __init__(self, options: dict[str, OptionValue]) -> None:
+        self._options = options
+
+    def __enter__(self) -> int:
+        self._handle: int = lib.qcow2_opts_new()
+        try:
+            for key, value in self._options.items():
+                text = ("on" if value else "off") if isinstance(value, bool) else str(value)
+                check(lib.qcow2_opts_set_str(self._handle, key.encode(), text.encode()))
+        except BaseException:
+            lib.qcow2_opts_free(self._handle)
+            raise
+        return self._handle
+
+    def __exit__(self, *_: object) -> None:
+        lib.qcow2_opts_free(self._handle)
+
+
+def create(path: PathLike, size: int, *, overwrite: bool = False, **options: OptionValue) -> None:
+    """Creates an image of ``size`` bytes; the options are those of ``qemu-img create -o``."""
+    if size < 0 or size >= 1 << 64:
+        raise ValueError(f"size must be from 0 to 2**64 - 1, not {size}")
+    with _Options(options) as handle:
+        check(lib.qcow2_create(os.fsencode(path), size, handle, _OVERWRITE if overwrite else 0))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A range of the guest disk in which everything is of one kind; the names are those of ``qemu-img map``."""
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool
+    offset: int | None
+
+
+class Image:
+    """An open image. Use it in a with block, or call :meth:`close`."""
+
+    def __init__(self, path: PathLike | int, **options: OptionValue) -> None:
+        """Opens the image at ``path``, or behind a file descriptor (which stays the caller's).
+
+        Options are those of the library, ``read_only=True`` or ``backing="relative"`` for example; see
+        :func:`option_names`.
+        """
+        self._handle = ctypes.c_void_p()
+        # Calls under way, so that close waits for them: the library's own close must be alone.
+        self._users = 0
+        self._idle = threading.Condition()
+        with _Options(options) as handle:
+            if isinstance(path, int):
+                check(lib.qcow2_open_fd(path, handle, ctypes.byref(self._handle)))
+            else:
+                check(lib.qcow2_open(os.fsencode(path), handle, ctypes.byref(self._handle)))
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Only reached without users; an error has nobody left to go to.
+        if getattr(self, "_handle", None):
+            lib.qcow2_close(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    def _call(self, function: Any, *arguments: Any) -> int:
+        with self._idle:
+            if not self._handle:
+                raise ValueError("the image is closed")
+            self._users += 1
+        try:
+            return check(function(self._handle, *arguments))
+        finally:
+            with self._idle:
+                self._users -= 1
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        """Makes everything durable and closes the image; closing again does nothing."""
+        with self._idle:
+            handle, self._handle = self._handle, ctypes.c_void_p()
+            self._idle.wait_for(lambda: self._users == 0)
+        if handle:
+            check(lib.qcow2_close(handle))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the image has been closed."""
+        return not self._handle
+
+    @property
+    def size(self) -> int:
+        """Size of the guest disk in bytes."""
+        return self._call(lib.qcow2_size)
+
+    def readinto(self, buffer: Any, offset: int) -> int:
+        """Fills a writable buffer (bytearray, memoryview, array, ...) from ``offset``, without a copy in between.
+
+        Returns its length in bytes.
+        """
+        with memoryview(buffer) as view, view.cast("B") as bytes_view:
+            if bytes_view.readonly:
+                raise TypeError("readinto needs a writable buffer")
+            length = bytes_view.nbytes
+            if length:
+                memory = (ctypes.c_char * length).from_buffer(bytes_view)
+                try:
+                    self._call(lib.qcow2_pread, memory, length, _offset(offset), 0)
+                finally:
+                    del memory  # gives the export of the view back
+            else:
+                self._call(lib.qcow2_pread, None, 0, _offset(offset), 0)
+            return length
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Reads ``length`` bytes at ``offset``."""
+        if length < 0:
+            raise ValueError(f"length must not be negative, but is {length}")
+        memory = ctypes.create_string_buffer(length)
+        self._call(lib.qcow2_pread, memory, length, _offset(offset), 0)
+        return memory.raw
+
+    def write(self, data: Any, offset: int, *, fua: bool = False) -> int:
+        """Writes ``data`` (bytes, or anything with a buffer) at ``offset``; with ``fua`` it is durable on return.
+
+        Returns the number of bytes.
+        """
+        flags = _FUA if fua else 0
+        if isinstance(data, bytes):
+            self._call(lib.qcow2_pwrite, data, len(data), _offset(offset), flags)
+            return len(data)
+        with memoryview(data) as view, view.cast("B") as bytes_view:
+            length = bytes_view.nbytes
+            if bytes_view.readonly or not length:
+                # No address can be had of these without a copy.
+                self._call(lib.qcow2_pwrite, bytes(bytes_view), length, _offset(offset), flags)
+            else:
+                memory = (ctypes.c_char * length).from_buffer(bytes_view)
+                try:
+                    self._call(lib.qcow2_pwrite, memory, length, _offset(offset), flags)
+                finally:
+                    del memory
+            return length
+
+    def flush(self) -> None:
+        """Makes everything durable that was written before."""
+        self._call(lib.qcow2_flush)
+
+    def map(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """The extents of a range (by default of the whole disk), as ``qemu-img map`` lists them."""
+        end = self.size if length is None else offset + length
+        extents = (CExtent * _EXTENTS_A_CALL)()
+        count = ctypes.c_size_t()
+        while offset < end:
+            self._call(
+                lib.qcow2_map, _offset(offset), end - offset, 0, extents, _EXTENTS_A_CALL, ctypes.byref(count)
+            )
+            for extent in extents[: count.value]:
+                yield _extent(extent)
+                offset = extent.start + extent.length
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the image, with the keys of ``qemu-img info --output=json``."""
+        text = ctypes.c_void_p()
+        self._call(lib.qcow2_info_json, ctypes.byref(text))
+        try:
+            facts: dict[str, Any] = json.loads(ctypes.string_at(text.value or 0))
+        finally:
+            lib.qcow2_string_free(text)
+        return facts
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes in a cluster."""
+        info = CInfo()
+        self._call(lib.qcow2_get_info, ctypes.byref(info), ctypes.sizeof(info))
+        return int(info.cluster_size_bytes)
+
+    def stats(self) -> dict[str, int]:
+        """The counters of this handle."""
+        stats = CStats()
+        self._call(lib.qcow2_get_stats, ctypes.byref(stats), ctypes.sizeof(stats))
+        return {name: getattr(stats, name) for name, *_ in CStats._fields_}
+
+
+def _offset(offset: int) -> int:
+    # ctypes would silently take it modulo 2**64.
+    if offset < 0 or offset >= 1 << 64:
+        raise ValueError(f"offset must be from 0 to 2**64 - 1, not {offset}")
+    return offset
+
+
+def _extent(extent: CExtent) -> Extent:
+    flags = extent.flags
+    return Extent(
+        start=extent.start,
+        length=extent.length,
+        depth=extent.depth,
+        present=bool(flags & _PRESENT),
+        zero=bool(flags & _ZERO),
+        data=bool(flags & _DATA),
+        compressed=bool(flags & _COMPRESSED),
+        offset=extent.host_offset if flags & _OFFSET_VALID else None,
+    )

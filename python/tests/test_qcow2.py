@@ -1,0 +1,291 @@
+"""The package against the library: each call, each kind of buffer, each way to fail."""
+
+import array
+import ast
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import qcow2
+from qcow2 import _library
+
+HEADER = Path(__file__).parents[2] / "include" / "qcow2.h"
+
+
+class Case(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.disk = self.folder / "disk.qcow2"
+
+    def image(self, size: int = 1 << 20, **options: object) -> qcow2.Image:
+        qcow2.create(self.disk, size, **options)
+        image = qcow2.Image(self.disk)
+        self.addCleanup(image.close)
+        return image
+
+    def fails(self, code: qcow2.Code, number: int, part: str):
+        test = self
+
+        class Expectation:
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, kind, error, traceback) -> bool:
+                test.assertIsInstance(error, qcow2.QcowError)
+                test.assertEqual((error.code, error.errno), (code, number))
+                test.assertIn(part, str(error))
+                return True
+
+        return Expectation()
+
+
+class Data(Case):
+    def test_read_what_was_written(self) -> None:
+        with self.image(extended_l2=True) as image:
+            self.assertEqual(image.size, 1 << 20)
+            self.assertEqual(image.write(b"hello", 5000), 5)
+            self.assertEqual(image.read(7, 4999), b"\0hello\0")
+            self.assertEqual(image.read(0, 1 << 20), b"")
+            image.flush()
+            image.write(b"fua", 100, fua=True)
+        with qcow2.Image(str(self.disk), read_only=True) as image:
+            self.assertEqual(image.read(5, 5000), b"hello")
+            self.assertEqual(image.read(3, 100), b"fua")
+
+    def test_any_buffer(self) -> None:
+        image = self.image()
+        for data in (bytearray(b"abcd"), memoryview(b"abcd"), array.array("H", [0x6261, 0x6463])):
+            image.write(b"\0" * 8, 0)
+            self.assertEqual(image.write(data, 2), 4)
+            self.assertEqual(image.read(8, 0), b"\0\0abcd\0\0")
+        whole = bytearray(8)
+        self.assertEqual(image.readinto(memoryview(whole)[1:5], 2), 4)
+        self.assertEqual(whole, b"\0abcd\0\0\0")
+        numbers = array.array("I", [0, 0])
+        image.readinto(numbers, 2)
+        self.assertEqual(numbers.tobytes(), b"abcd\0\0\0\0")
+        self.assertEqual(image.readinto(bytearray(), 0), 0)
+        whole.extend(b"x")  # no export is left behind
+        with self.assertRaises(TypeError):
+            image.readinto(b"immutable", 0)
+        with self.assertRaises(TypeError):
+            image.write("text", 0)
+
+    def test_readinto_does_not_copy(self) -> None:
+        image = self.image()
+        image.write(b"\x5a" * 65536, 0)
+        buffer = bytearray(65536)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        real = _library.lib.qcow2_pread
+        seen = []
+
+        def spy(handle, memory, length, offset, flags):
+            seen.append(ctypes.addressof(memory))
+            return real(handle, memory, length, offset, flags)
+
+        with mock.patch.object(_library.lib, "qcow2_pread", spy):
+            image.readinto(buffer, 0)
+        self.assertEqual(seen, [address])
+        self.assertEqual(buffer, b"\x5a" * 65536)
+
+    def test_threads(self) -> None:
+        image = self.image(4 << 20, extended_l2=True)
+        wrong = []
+
+        def work(me: int) -> None:
+            for n in range(me, 2048, 4):
+                data = bytes([1 + n % 255]) * 2048
+                image.write(data, n * 2048)
+                if image.read(2048, n * 2048) != data:
+                    wrong.append(n)
+
+        threads = [threading.Thread(target=work, args=(me,)) for me in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+        self.assertEqual(image.stats()["clusters_allocated"], 64)
+
+    def test_close_waits_for_calls_and_ends_use(self) -> None:
+        image = self.image(64 << 20)
+        started = threading.Event()
+        outcome = []
+
+        def work() -> None:
+            started.set()
+            try:
+                for _ in range(100000):
+                    image.read(1 << 20, 0)
+            except ValueError as error:
+                outcome.append(str(error))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        started.wait()
+        image.close()
+        thread.join()
+        self.assertEqual(outcome, ["the image is closed"])
+
+
+class Facts(Case):
+    def test_info(self) -> None:
+        image = self.image(5 << 20, cluster_size="32k", extended_l2=True, refcount_bits=8)
+        info = image.info()
+        self.assertEqual(info["virtual-size"], 5 << 20)
+        self.assertEqual(info["cluster-size"], image.cluster_size)
+        self.assertEqual(info["format-specific"]["data"]["refcount-bits"], 8)
+        self.assertTrue(info["format-specific"]["data"]["extended-l2"])
+
+    def test_map(self) -> None:
+        image = self.image(1 << 20)
+        image.write(b"x" * 65536, 65536)
+        extents = list(image.map())
+        self.assertEqual([(e.start, e.length) for e in extents], [(0, 65536), (65536, 65536), (131072, 917504)])
+        self.assertEqual([e.data for e in extents], [False, True, False])
+        self.assertEqual([e.zero for e in extents], [True, False, True])
+        self.assertIsNone(extents[0].offset)
+        self.assertEqual(extents[1].offset % 65536, 0)
+        self.assertEqual(list(image.map(65536, 512))[0].length, 512)
+        self.assertEqual(list(image.map(512, 0)), [])
+
+    def test_map_over_many_calls(self) -> None:
+        image = self.image(4 << 20, cluster_size=4096)
+        for n in range(0, 1024, 2):
+            image.write(b"x", n * 4096)
+        extents = list(image.map())
+        self.assertEqual(len(extents), 1024)
+        self.assertEqual(sum(e.length for e in extents), 4 << 20)
+
+    @unittest.skipUnless(shutil.which("qemu-img"), "qemu-img is not installed")
+    def test_qemu_agrees(self) -> None:
+        image = self.image(2 << 20, extended_l2=True)
+        image.write(b"x" * 300000, 12345)
+        ours = image.info(), [vars(e) for e in image.map()]
+        image.close()
+        run = lambda *args: subprocess.run(args, check=True, capture_output=True, text=True).stdout
+        run("qemu-img", "check", "-q", str(self.disk))
+        run("cp", "--sparse=never", str(self.disk), str(self.folder / "full"))
+        theirs = json.loads(run("qemu-img", "map", "-f", "qcow2", "--output=json", str(self.folder / "full")))
+        self.assertEqual([{"offset": None, **e} for e in theirs], ours[1])
+        info = json.loads(run("qemu-img", "info", "--output=json", str(self.disk)))
+        self.assertEqual(set(info), set(ours[0]))
+
+    def test_version_and_features(self) -> None:
+        self.assertRegex(qcow2.version(), r"^\d+\.\d+\.\d+$")
+        self.assertTrue(qcow2.has_feature("zlib"))
+        self.assertFalse(qcow2.has_feature("perpetuum mobile"))
+        self.assertIn("extended_l2", qcow2.option_names())
+
+
+class Errors(Case):
+    def test_errors_carry_number_code_and_text(self) -> None:
+        image = self.image()
+        with self.fails(qcow2.Code.OUT_OF_RANGE, errno.EINVAL, "1048576"):
+            image.read(1, 1 << 20)
+        with self.fails(qcow2.Code.EXISTS, errno.EEXIST, "disk.qcow2"):
+            qcow2.create(self.disk, 512)
+        with self.fails(qcow2.Code.OPTION, errno.EINVAL, "cluster_sise"):
+            qcow2.create(self.disk, 512, cluster_sise=65536)
+        with self.fails(qcow2.Code.IO, errno.ENOENT, ""):
+            qcow2.Image(self.folder / "missing")
+        with self.fails(qcow2.Code.BACKING_DENIED, errno.EACCES, "base.raw"):
+            qcow2.create(self.folder / "overlay", 512, backing_file="base.raw", backing_fmt="raw")
+            qcow2.Image(self.folder / "overlay")
+        self.assertTrue(issubclass(qcow2.QcowError, OSError))
+
+    def test_read_only(self) -> None:
+        self.image().close()
+        with qcow2.Image(self.disk, read_only=True) as image, self.fails(qcow2.Code.READ_ONLY, errno.EROFS, "read-only"):
+            image.write(b"x", 0)
+
+    def test_closed(self) -> None:
+        image = self.image()
+        self.assertFalse(image.closed)
+        image.close()
+        image.close()
+        self.assertTrue(image.closed)
+        for call in (lambda: image.read(1, 0), image.flush, image.info, lambda: image.size, lambda: list(image.map())):
+            with self.assertRaisesRegex(ValueError, "closed"):
+                call()
+
+    def test_numbers_do_not_wrap(self) -> None:
+        image = self.image()
+        for call in (
+            lambda: image.read(1, -1),
+            lambda: image.read(-1, 0),
+            lambda: image.write(b"x", 1 << 64),
+            lambda: image.readinto(bytearray(1), -1),
+            lambda: qcow2.create(self.folder / "x", -1),
+        ):
+            with self.assertRaises(ValueError):
+                call()
+
+    def test_overwrite_and_descriptor(self) -> None:
+        self.image().close()
+        qcow2.create(self.disk, 512, overwrite=True)
+        fd = os.open(self.disk, os.O_RDWR)
+        with qcow2.Image(fd) as image:
+            os.close(fd)
+            self.assertEqual(image.size, 512)
+
+    def test_code_is_a_number_when_it_is_new(self) -> None:
+        self.assertEqual(qcow2.QcowError(5, "text", 12345).code, 12345)
+
+
+class Package(unittest.TestCase):
+    def test_numbers_and_structs_are_those_of_the_header(self) -> None:
+        text = HEADER.read_text()
+        numbers = {name: int(value) for name, value in re.findall(r"#define QCOW2_ERR_(\w+) (\d+)", text)}
+        self.assertEqual({code.name: code.value for code in qcow2.Code}, numbers)
+        for name, struct in (
+            ("qcow2_info", _library.CInfo),
+            ("qcow2_stats", _library.CStats),
+            ("qcow2_extent", _library.CExtent),
+            ("qcow2_option", _library.COption),
+        ):
+            body = re.search(rf"typedef struct {name} {{(.*?)\n}}", text, re.S).group(1)
+            members = re.findall(r"^    [a-z][\w ]*?[ *](\w+)(?:\[\d+\])?;", body, re.M)
+            self.assertEqual([field[0] for field in struct._fields_], members)
+
+    def test_the_library_is_found_by_variable_then_bundled_then_system(self) -> None:
+        with mock.patch.dict(os.environ, {"LIBQCOW2_SO": "/x/y.so"}):
+            self.assertEqual(_library.library_candidates(), ["/x/y.so"])
+        with mock.patch.dict(os.environ):
+            os.environ.pop("LIBQCOW2_SO", None)
+            self.assertEqual(_library.library_candidates(), ["libqcow2.so.0"])
+            with mock.patch.object(Path, "exists", return_value=True):
+                found = _library.library_candidates()
+            self.assertEqual(found, [str(Path(_library.__file__).with_name("libqcow2.so.0"))])
+
+    def test_a_missing_library_is_named(self) -> None:
+        environment = {**os.environ, "LIBQCOW2_SO": "/no/such/libqcow2.so"}
+        done = subprocess.run([sys.executable, "-c", "import qcow2"], env=environment, capture_output=True, text=True)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("/no/such/libqcow2.so", done.stderr)
+
+    def test_everything_public_is_typed(self) -> None:
+        folder = Path(qcow2.__file__).parent
+        self.assertTrue((folder / "py.typed").exists())
+        for file in folder.glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    names = [a for a in node.args.args + node.args.kwonlyargs if a.arg != "self"]
+                    self.assertTrue(node.returns is not None, f"{file.name}:{node.lineno}")
+                    self.assertTrue(all(a.annotation for a in names), f"{file.name}:{node.lineno}")
+
+
+if __name__ == "__main__":
+    unittest.main()
