@@ -39,7 +39,7 @@
  *  - An image may be used by any number of threads at once, but closed by one after all others are done. An option
  *    object belongs to one thread at a time. Signals, locales and the current folder are left alone.
  *  - No call prints, exits or aborts. A bug in the library makes the call fail with QCOW2_ERR_PANIC, and the handle
- *    refuses every further write.
+ *    refuses every further write; only then is there a message on standard error too.
  *
  * A file opened for writing must not be written by anybody else meanwhile.
  */

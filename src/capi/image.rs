@@ -148,9 +148,16 @@ pub unsafe extern "C" fn qcow2_close(image: *mut qcow2_image) -> c_int {
     if image.is_null() {
         return 0;
     }
+    // SAFETY: an open handle by the manual above.
+    let code = unsafe { call_on(image, |image| image.image.close()) };
     // SAFETY: came from Box::into_raw in `open_with`, and nobody uses it any more (manual above).
     let image = unsafe { Box::from_raw(image) };
-    call(move || image.image.close())
+    // Apart from the close: if that panicked, dropping the image while it unwinds could end the process.
+    let dropped = call(move || {
+        drop(image);
+        Ok(())
+    });
+    if code < 0 { code } else { dropped }
 }
 
 /// Makes everything durable whose write had returned before this call: data and metadata survive a power cut.
