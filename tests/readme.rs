@@ -89,3 +89,18 @@ fn the_c_example_compiles_and_prints_what_is_shown() {
     output(cc().arg("-L").arg(&library).args(["-lqcow2", &found_at_run_time]));
     assert_eq!(output(Command::new("./a.out").current_dir(&dir.0)), shown_output("./a.out"));
 }
+
+#[test]
+fn the_python_example_prints_what_is_shown() {
+    let examples = blocks("python");
+    assert_eq!(examples.len(), 1, "the README has one Python example");
+    if !have("python3") {
+        return;
+    }
+    let Some(library) = library() else { return };
+    let dir = Dir::new("readme-python");
+    std::fs::write(dir.0.join("app.py"), &examples[0]).unwrap();
+    let mut python = Command::new("python3");
+    python.env("PYTHONPATH", root().join("python")).env("LIBQCOW2_SO", library.join("libqcow2.so"));
+    assert_eq!(output(python.arg("app.py").current_dir(&dir.0)), shown_output("python3 app.py"));
+}
