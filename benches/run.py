@@ -161,13 +161,14 @@ def print_table(headings, rows):
 
 
 def system_calls(workload, folder, ops):
-    """System calls of one operation: the difference of a run and of one with twice the operations."""
-    counts = []
+    """System calls of one operation: the difference of a run and of one with twice the operations. Those that allocate
+    go all over a disk of full size, so that write-back of tables would show."""
+    counts, size = [], ["size_mib=64"] if workload.mapped else []
     for factor in (1, 2):
         log = folder / "strace"
         command = ["strace", "-f", "-c", "-U", "name,calls", "-o", log, BUILT / "driver", workload.name, folder]
         options = [f"{key}={value}" for key, value in workload.options.items()]
-        output_of([*command, "only=ours", f"ops={ops * factor}", "size_mib=64", "unverified=1", *options])
+        output_of([*command, "only=ours", f"ops={ops * factor}", "unverified=1", *options, *size])
         fields = (line.split() for line in log.read_text().splitlines())
         counts.append({f[0]: int(f[1]) for f in fields if len(f) == 2 and f[1].isdigit() and f[0] != "total"})
     names = counts[0].keys() | counts[1].keys()
@@ -176,7 +177,8 @@ def system_calls(workload, folder, ops):
 
 
 def check_what_an_operation_does(folder, quick):
-    """Heap and system calls of an operation. On the mapped path: no call of the heap, and one system call."""
+    """Heap and system calls of an operation. On the mapped path: no call of the heap, and one system call. An allocating
+    write has one system call as well (hardly more: the file grows in large steps); tables leave at the flush."""
     wrong, rows = [], []
     has_strace = shutil.which("strace") and subprocess.run(["strace", "-c", "true"], capture_output=True).returncode == 0
     for workload in [w for w in WORKLOADS if w.mapped or w.name == "allocate-4k"]:
@@ -184,10 +186,10 @@ def check_what_an_operation_does(folder, quick):
         # The second round: what a cache holds is there by then.
         lines = driver("driver-heap", workload, folder, only="ours", rounds=2, ops=ops, size_mib=64)
         heap = lines[-1]["heap_calls"]
-        calls = system_calls(workload, folder, 200 if not workload.mapped else 2000) if has_strace else None
+        calls = system_calls(workload, folder, 2000 if workload.mapped else 8192) if has_strace else None
         if workload.mapped and heap != 0:
             wrong.append(f"{workload.label()}: {heap} heap calls in {ops} operations")
-        if workload.mapped and calls is not None and list(calls.values()) != [1]:
+        if calls is not None and (list(calls.values()) != [1] if workload.mapped else sum(calls.values()) > 1.02):
             wrong.append(f"{workload.label()}: not one system call for each operation: {calls}")
         shown = "not counted (no strace)" if calls is None else " ".join(f"{name}={n:.2f}" for name, n in calls.items())
         rows.append([workload.label(), f"{heap}/{ops}", f"{heap / ops:.3f}", shown])

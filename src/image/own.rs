@@ -88,7 +88,7 @@ impl Image {
         if self.allocator.wants_flush() {
             return self.flush_with(io).await;
         }
-        if tables.l2.dirty_count() * 2 > tables.l2.slots() || tables.refcounts.wants_write_back() {
+        if tables.l2.wants_write_back() || tables.refcounts.wants_write_back() {
             return match tables.write_back(io).await {
                 Ok(()) => Ok(()),
                 Err(e) => Err(self.note_error(io, e).await),

@@ -30,6 +30,7 @@ struct Inner {
 /// The cache. Its memory is reserved at once and only touched as it fills.
 pub struct L2Cache {
     geometry: Geometry,
+    holds_disk: bool, // there is a slot for every slice that the disk has
     ways: usize,
     set_bits: u32,
     words_per_slice: usize,
@@ -104,15 +105,16 @@ fn zeroed_words(n: usize) -> Box<[AtomicU64]> {
 impl L2Cache {
     /// A cache of at most `budget_bytes` of slices (at least four), no larger than the disk needs.
     pub fn new(geometry: Geometry, budget_bytes: u64, disk_bytes: u64) -> Self {
-        let useful = disk_bytes.div_ceil(geometry.slice_covers_bytes()).max(4);
-        let slots = (budget_bytes / geometry.slice_bytes()).clamp(4, useful) as usize;
-        // Powers of two that stay within the budget.
-        let ways = WAYS.min(1 << slots.ilog2());
-        let sets = 1usize << (slots / ways).ilog2();
-        let slots = sets * ways;
+        let useful = disk_bytes.div_ceil(geometry.slice_covers_bytes()).max(4).next_power_of_two();
+        let affordable = (budget_bytes / geometry.slice_bytes()).clamp(4, useful);
+        // Powers of two that stay within the budget; what the disk needs fits without a slice too many in any set.
+        let slots = 1usize << affordable.ilog2();
+        let ways = WAYS.min(slots);
+        let sets = slots / ways;
         let words_per_slice = (geometry.slice_bytes() / 8) as usize;
         Self {
             geometry,
+            holds_disk: affordable == useful,
             ways,
             set_bits: sets.trailing_zeros(),
             words_per_slice,
@@ -134,8 +136,10 @@ impl L2Cache {
     }
 
     fn set_of(&self, slice: SliceIndex) -> usize {
-        // Neighbouring slices go to neighbouring sets; the high bits keep power-of-two strides apart.
-        let mixed = slice.0 ^ (slice.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40);
+        // As many neighbours as there are sets go to as many sets, in an order that depends on the neighbourhood: so
+        // nothing is evicted from a cache that can hold the disk, and power-of-two strides stay apart in others.
+        let neighbourhood = slice.0 >> self.set_bits;
+        let mixed = slice.0 ^ (neighbourhood.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40);
         (mixed & ((1 << self.set_bits) - 1)) as usize
     }
 
@@ -266,6 +270,12 @@ impl L2Cache {
         }
     }
 
+    /// Whether so many slices are dirty that they should be written before a slot is needed. Never in a cache that
+    /// holds the whole disk: nothing is ever evicted from that, and a pass costs a barrier.
+    pub fn wants_write_back(&self) -> bool {
+        !self.holds_disk && self.dirty_count() * 2 > self.slots()
+    }
+
     /// Number of dirty slices.
     pub fn dirty_count(&self) -> usize {
         lock(&self.inner).dirty.len()
@@ -336,11 +346,12 @@ mod tests {
     #[test]
     fn dirty_slices_are_not_evicted_and_clean_ones_are() {
         let cache = L2Cache::new(G, 4 * 4096, 1 << 40);
-        assert_eq!(cache.slots(), 4);
+        assert_eq!((cache.slots(), cache.wants_write_back()), (4, false));
         for i in 0..4 {
             assert!(cache.install(SliceIndex(i), &[0; 4096]));
             assert!(cache.update(SliceIndex(i), &[(0, entry(i + 1))]));
         }
+        assert!(cache.wants_write_back());
         assert!(!cache.install(SliceIndex(9), &[0; 4096]), "all are dirty");
         let taken = cache.collect_dirty();
         assert!(!cache.install(SliceIndex(9), &[0; 4096]), "all are being written");
@@ -348,6 +359,20 @@ mod tests {
         assert!(cache.install(SliceIndex(9), &[0; 4096]));
         let cached = (0..4).filter(|&i| cache.look(SliceIndex(i), |_| ()).is_some()).count();
         assert_eq!(cached, 3);
+    }
+
+    #[test]
+    fn what_fits_is_never_evicted() {
+        let covers = G.slice_covers_bytes();
+        for slices in [1, 4, 5, 16, 17, 63, 64, 100, 1000, 4096] {
+            let cache = L2Cache::new(G, 32 << 20, slices * covers);
+            for i in 0..slices {
+                assert!(cache.install(SliceIndex(i), &[0; 4096]), "no room for slice {i} of {slices}");
+                assert!(cache.update(SliceIndex(i), &[(0, entry(i))]));
+            }
+            assert!((0..slices).all(|i| cache.look(SliceIndex(i), |_| ()).is_some()), "{slices} slices");
+            assert!(!cache.wants_write_back());
+        }
     }
 
     #[test]
