@@ -138,6 +138,10 @@ impl Image {
         for subcluster in head.into_iter().chain(tail) {
             let start = u64::from(subcluster) * size;
             let write = match plan_edge(state, subcluster) {
+                // Without a zero flag it stays as it is; as data, it would be written past what the request covers.
+                Edge::ZeroIfBelowIs if geometry.version < 3 => {
+                    !self.reads_as_zeroes(io, cluster_at.plus(start), size).await?
+                }
                 Edge::Nothing => false,
                 Edge::Write => true,
                 Edge::ZeroIfBelowIs if self.reads_as_zeroes(io, cluster_at.plus(start), size).await? => {
@@ -152,7 +156,7 @@ impl Image {
                 data.push((cluster_at.plus(from), to - from));
             }
         }
-        // With version 2, or a compressed cluster, an edge alone cannot become zero: then the mask is what is whole.
+        // With version 2, or a compressed cluster, no edge becomes zero: then the mask is what is whole.
         Ok((whole, data))
     }
 
