@@ -108,7 +108,8 @@ impl Tables {
     #[inline]
     pub fn run(&self, offset: GuestOffset, max: u64) -> Result<Found<Run>> {
         let index = self.geometry.l1_index(offset);
-        if self.l1.get(index) == 0 {
+        // The offset decides: an entry that is nothing but COPIED has no table either.
+        if self.table(index)?.0 == HostOffset(0) {
             return Ok(Found::Hit(self.missing_tables(index, offset, max)));
         }
         self.scan(offset, max, |_| true)
@@ -265,12 +266,13 @@ fn scan_cluster(
 
 impl Tables {
     /// Publishes a new L2 table in memory. What is cached of the old one is forgotten: its COPIED flags meant nothing.
+    /// Forgotten FIRST: whoever sees that the table is ours believes the flags, and links into the cached slice.
     pub async fn replace_table(&self, index: L1Index, entry: u64) {
         let slices = self.geometry.slices_per_table();
         let first = index.0 * slices;
         // No load may be under way that has read the old table and not yet installed it.
         let _loading = self.slice_loads.claim(first..first + slices).await;
-        self.l1.set(index, entry);
         self.l2.forget(SliceIndex(first)..SliceIndex(first + slices));
+        self.l1.set(index, entry);
     }
 }
