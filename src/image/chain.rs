@@ -48,7 +48,7 @@ impl Layer {
         }
     }
 
-    fn file(&self) -> &HostFile {
+    pub(super) fn file(&self) -> &HostFile {
         match &self.content {
             Content::Qcow2 { tables, .. } => &tables.file,
             Content::Raw { file, .. } => file,

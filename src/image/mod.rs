@@ -159,6 +159,10 @@ impl Image {
     /// Ends all writing through this handle, metadata included.
     pub fn poison(&self, why: &'static str) {
         self.status.poison(why);
+        // Metadata that is waiting to be written, and requests under way, are stopped below.
+        if let Some(first) = self.chain.layers.first() {
+            first.file().stop_writes(why);
+        }
     }
 
     /// The image's own tables; not its backing files'.

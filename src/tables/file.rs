@@ -1,7 +1,7 @@
 //! One image file as the tables see it: errors typed, and a failed fdatasync that stays failed (M7).
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, IoOp, Result};
 use crate::format::HostOffset;
@@ -14,14 +14,14 @@ const FLUSH_FAILED: &str = "an earlier flush to disk failed, and what it should 
 /// An open image file.
 pub struct HostFile {
     storage: Arc<dyn Storage>,
-    flush_failed: AtomicBool,
+    stopped: OnceLock<&'static str>,
     cannot_punch: AtomicBool,
 }
 
 impl HostFile {
     /// Takes over an open storage.
     pub fn new(storage: Arc<dyn Storage>) -> Self {
-        Self { storage, flush_failed: AtomicBool::new(false), cannot_punch: AtomicBool::new(false) }
+        Self { storage, stopped: OnceLock::new(), cannot_punch: AtomicBool::new(false) }
     }
 
     /// The storage below.
@@ -40,10 +40,15 @@ impl HostFile {
         io.read(&*self.storage, pieces, offset.0).await.map_err(|e| Error::io(IoOp::Read, offset.0, &e))
     }
 
-    /// Writes all pieces. Fails without writing once a flush has failed.
+    /// Ends all writing to the file. The first reason counts.
+    pub fn stop_writes(&self, why: &'static str) {
+        let _ = self.stopped.set(why);
+    }
+
+    /// Writes all pieces. Fails without writing once a flush has failed, or writing has been ended.
     #[inline]
     pub async fn write<I: Io>(&self, io: &I, pieces: &[IoSrc<'_>], offset: HostOffset) -> Result<()> {
-        self.check_flushes()?;
+        self.check_writes()?;
         io.write(&*self.storage, pieces, offset.0).await.map_err(|e| Error::io(IoOp::Write, offset.0, &e))
     }
 
@@ -54,7 +59,7 @@ impl HostFile {
 
     /// Gives up the space of a range that nothing refers to. Advice: that it cannot be done is no error.
     pub async fn punch_hole<I: Io>(&self, io: &I, offset: HostOffset, length: u64) {
-        if !self.cannot_punch.load(Ordering::Relaxed) && self.check_flushes().is_ok() {
+        if !self.cannot_punch.load(Ordering::Relaxed) && self.check_writes().is_ok() {
             let punched = io.punch_hole(&*self.storage, offset.0, length).await;
             self.cannot_punch.fetch_or(punched.is_err(), Ordering::Relaxed);
         }
@@ -62,15 +67,19 @@ impl HostFile {
 
     /// Makes all completed writes durable. A failure is final for this handle.
     pub async fn barrier<I: Io>(&self, io: &I) -> Result<()> {
-        self.check_flushes()?;
+        self.check_writes()?;
         let result = io.flush(&*self.storage).await;
         if result.is_err() {
-            self.flush_failed.store(true, Ordering::Release);
+            self.stop_writes(FLUSH_FAILED);
         }
         result.map_err(|e| Error::io(IoOp::Flush, 0, &e))
     }
 
-    fn check_flushes(&self) -> Result<()> {
-        if self.flush_failed.load(Ordering::Acquire) { Err(Error::Poisoned { why: FLUSH_FAILED }) } else { Ok(()) }
+    #[inline]
+    fn check_writes(&self) -> Result<()> {
+        match self.stopped.get() {
+            None => Ok(()),
+            Some(why) => Err(Error::Poisoned { why }),
+        }
     }
 }
