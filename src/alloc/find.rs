@@ -42,6 +42,10 @@ fn search(state: &mut RefcountState, from: HostCluster, want: u64) -> Result<std
     let mut at = from.0;
     loop {
         let index = at >> bits;
+        // Asked of blocks that exist as well: a file may claim to count clusters that no entry can point to.
+        if index >> (HOST_BITS - geometry.cluster_bits - bits) != 0 {
+            return Err(Error::TooLarge { what: "the image file", limit: 1 << HOST_BITS });
+        }
         match state.has_block(index) {
             Err(need) => return Ok(Err(need)),
             Ok(false) => add_block(state, index)?,
@@ -74,9 +78,6 @@ fn search(state: &mut RefcountState, from: HostCluster, want: u64) -> Result<std
 /// Adds refcount block `index`, which counts clusters that nothing has counted so far: all of them are free.
 fn add_block(state: &mut RefcountState, index: u64) -> Result<()> {
     let start = state.block_start(index);
-    if start.0.checked_shl(state.geometry().cluster_bits).is_none_or(|offset| offset >> HOST_BITS != 0) {
-        return Err(Error::TooLarge { what: "the image file", limit: 1 << HOST_BITS });
-    }
     if index >= state.table_capacity() {
         return grow_table(state, index);
     }
@@ -117,7 +118,8 @@ fn grow_table(state: &mut RefcountState, index: u64) -> Result<()> {
     Ok(())
 }
 
-fn check_free(state: &RefcountState, run: Range<u64>) -> Result<()> {
+/// Refuses clusters that hold metadata, whatever their counts say.
+pub fn check_free(state: &RefcountState, run: Range<u64>) -> Result<()> {
     if state.overlaps_metadata(&run) {
         return Err(state.corrupt(CorruptionKind::MetadataCountedFree, HostCluster(run.start)));
     }

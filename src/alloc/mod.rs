@@ -163,6 +163,8 @@ async fn punch_freed<I: Io>(io: &I, tables: &Tables, clusters: &[HostCluster]) -
         if count != group.len() as u64 {
             continue;
         }
+        // An entry that pointed there was wrong; what it pointed to is needed.
+        tables.refcounts.with(|state| find::check_free(state, group[0].0..group[0].0 + 1))?;
         if run.end != group[0].0 {
             punch(io, tables, &run).await;
             run = group[0].0..group[0].0;

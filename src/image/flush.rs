@@ -22,7 +22,11 @@ impl Image {
         if let Err(e) = tables.flush(io).await {
             return Err(self.note_error(io, e).await);
         }
-        // Everything is durable. What is freed now only decides how much space can be used again.
+        // Everything is durable. What is freed now only decides how much space can be used again; in a corrupt image,
+        // what an entry let go may still be somebody's.
+        if self.status.any(CORRUPT) {
+            return Ok(());
+        }
         match self.allocator.settle(io, tables, self.unmap).await {
             Ok(()) => Ok(()),
             Err(e @ Error::Corrupt(_)) => Err(self.note_error(io, e).await),
@@ -51,7 +55,9 @@ impl Image {
         let tables = self.active();
         tables.flush(io).await?;
         if before & CORRUPT == 0 {
-            self.allocator.settle(io, tables, self.unmap).await?;
+            if let Err(e) = self.allocator.settle(io, tables, self.unmap).await {
+                return Err(self.note_error(io, e).await);
+            }
             if tables.refcounts.with(|state| state.dirty_blocks()) > 0 {
                 tables.flush(io).await?;
             }

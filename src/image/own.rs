@@ -118,7 +118,8 @@ impl Image {
         if tables.geometry.version >= 3 {
             let bits = self.header.incompatible | INCOMPATIBLE_CORRUPT;
             tables.file.write_bytes(io, &bits.to_be_bytes(), HostOffset(OFFSET_INCOMPATIBLE)).await?;
-            tables.file.barrier(io).await?;
+            // Through the gate: of two fdatasyncs at once only one may be told of an error.
+            tables.sync(io).await?;
         }
         flushed
     }

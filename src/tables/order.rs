@@ -5,7 +5,8 @@
 //!             every reference in the slices (M3), whatever goes on meanwhile
 //! write       refcount blocks (raised counts; lowered ones only after step 4 of an earlier pass)
 //! BARRIER 1   data, copied data, new L2 tables and refcounts are durable           O1 O2
-//! [publish    new refcount blocks in the refcount table, or the header's pointer to a table that moved
+//! [publish    new refcount blocks in the refcount table, or the header's pointer to a table that moved (the table
+//!             itself is written between the two, with a barrier of its own)
 //!  BARRIER    they are reachable]                       only if there are any        D2
 //! write       L2 slices and L1 sectors: entries become visible after a crash
 //! BARRIER 2   what was removed from them is gone                                    O3 O4 O7
@@ -87,6 +88,9 @@ impl<'a> Pass<'a> {
         if self.has_entries() || self.refcounts.publishes() {
             self.tables.barrier(io).await?;
         }
+        if refcounts.write_moved_table(io, file, &self.refcounts).await? {
+            self.tables.barrier(io).await?;
+        }
         if refcounts.publish(io, file, &self.refcounts).await? {
             self.tables.barrier(io).await?;
         }
@@ -120,6 +124,12 @@ impl Tables {
         self.barrier(io).await?;
         order.flushes_done.store(number, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// A barrier by itself, for what was written to the header.
+    pub async fn sync<I: Io>(&self, io: &I) -> Result<()> {
+        let _gate = self.order.gate.claim(0..1).await;
+        self.barrier(io).await
     }
 
     async fn pass<I: Io>(&self, io: &I) -> Result<()> {

@@ -197,12 +197,21 @@ impl RefcountState {
 
     /// Whether a run of clusters, counted as free, holds metadata (the constant part of QEMU's overlap check).
     pub fn overlaps_metadata(&self, run: &Range<u64>) -> bool {
+        let (index, _) = self.split(HostCluster(run.start));
+        let own_block = self.table.get(index as usize).map_or(0, |&offset| offset >> self.geometry.cluster_bits);
+        run.contains(&own_block) || self.overlaps_tables(run)
+    }
+
+    /// Whether a cluster belongs to the header, the L1 table, the refcount table or the start of the snapshot table.
+    fn is_table(&self, cluster: u64) -> bool {
+        self.overlaps_tables(&(cluster..cluster + 1))
+    }
+
+    fn overlaps_tables(&self, run: &Range<u64>) -> bool {
         let table = self.geometry.host_cluster(self.table_offset).0;
         let table = table..table + self.table_clusters;
         let mut ranges = self.fixed.iter().chain(&self.retired).chain(std::iter::once(&table));
-        let (index, _) = self.split(HostCluster(run.start));
-        let own_block = self.table.get(index as usize).map_or(0, |&offset| offset >> self.geometry.cluster_bits);
-        run.contains(&own_block) || ranges.any(|r| r.start < run.end && run.start < r.end)
+        ranges.any(|r| r.start < run.end && run.start < r.end)
     }
 
     /// Number of blocks that wait for being written.
@@ -297,16 +306,19 @@ impl Refcounts {
 
     async fn load_block<I: Io>(&self, io: &I, file: &HostFile, index: u64) -> Result<()> {
         let _loading = self.loads.claim(index..index + 1).await;
-        let (cached, geometry, entry, entry_offset) = self.with(|s| {
+        let (cached, geometry, entry, entry_offset, in_table) = self.with(|s| {
             let entry = s.table.get(index as usize).copied().unwrap_or(0);
-            (s.blocks.contains_key(&index), s.geometry, entry, s.table_offset.plus(index * 8).0)
+            let in_table = s.is_table(entry >> s.geometry.cluster_bits);
+            (s.blocks.contains_key(&index), s.geometry, entry, s.table_offset.plus(index * 8).0, in_table)
         });
         if cached {
             return Ok(());
         }
         let corrupt =
             |kind| Error::Corrupt(Corruption { kind, host_offset: entry_offset, guest_offset: None, value: entry });
-        if entry & TABLE_RESERVED != 0 || entry & (geometry.cluster_size_bytes() - 1) != 0 || entry == 0 {
+        // Counts are never written over the header or a table, whatever the entry says.
+        let misplaced = entry == 0 || in_table || entry & (geometry.cluster_size_bytes() - 1) != 0;
+        if misplaced || entry & TABLE_RESERVED != 0 {
             return Err(corrupt(CorruptionKind::RefcountTableEntry));
         }
         let mut bytes = vec![0u8; geometry.cluster_size_bytes() as usize];
@@ -373,15 +385,20 @@ impl Refcounts {
         });
     }
 
-    /// Writes the blocks that were collected, and a moved table at its new place, where nothing points to yet.
+    /// Writes the blocks that were collected.
     pub async fn write_blocks<I: Io>(&self, io: &I, file: &HostFile, taken: &DirtyRefcounts) -> Result<()> {
         for (_, at, start, bytes) in &taken.blocks {
             file.write_bytes(io, bytes, at.plus(*start as u64)).await?;
         }
-        if let Some((at, _, bytes)) = &taken.moved {
-            file.write_bytes(io, bytes, *at).await?;
-        }
         Ok(())
+    }
+
+    /// Writes a table that moved at its new place. The blocks must be durable: an earlier pass may have pointed the
+    /// header here although it was told that this failed. `false`: there was nothing to do.
+    pub async fn write_moved_table<I: Io>(&self, io: &I, file: &HostFile, taken: &DirtyRefcounts) -> Result<bool> {
+        let Some((at, _, bytes)) = &taken.moved else { return Ok(false) };
+        file.write_bytes(io, bytes, *at).await?;
+        Ok(true)
     }
 
     /// Makes new blocks (or the moved table) reachable. They must be durable. `false`: there was nothing to do.
