@@ -126,7 +126,7 @@ class Measurement:
 
     def row(self, has_target):
         ratios = sorted(self.ratios(False))
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         ratio = statistics.median(ratios)
         verdict = ""
         if self.workload.mapped and has_target:
@@ -201,8 +201,8 @@ def file_system(folder):
     return output_of(["stat", "-f", "-c", "%T", folder]).strip()
 
 
-def measure(base, options):
-    """All workloads in a folder of their own below `base`; returns the rows, for --json."""
+def measure(base, is_first, options):
+    """All workloads in a folder of their own below `base`; returns the rounds, and what was wrong."""
     with tempfile.TemporaryDirectory(prefix="qcow2-bench-", dir=base) as name:
         folder, rows, kept = Path(name), [], []
         kind = file_system(folder)
@@ -219,7 +219,7 @@ def measure(base, options):
             if sys.stderr.isatty():
                 print(f"  {workload.label()} done", file=sys.stderr, flush=True)
         print_table(HEADINGS, rows)
-        wrong = check_what_an_operation_does(folder, options.quick) if kind == "tmpfs" and not options.only else []
+        wrong = check_what_an_operation_does(folder, options.quick) if is_first and not options.only else []
         return kept, wrong
 
 
@@ -237,10 +237,11 @@ def main():
     options.rounds = options.rounds or (2 if options.quick else 3)
     if not options.no_build:
         subprocess.run(["make", "-s", "-C", str(ROOT), "bench-driver"], check=True)
-    folders = options.folders or (["/dev/shm"] if options.quick else ["/dev/shm", tempfile.gettempdir()])
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+    folders = options.folders or ([memory] if options.quick else [memory, tempfile.gettempdir()])
     rounds, wrong = [], []
     for folder in folders:
-        kept, faults = measure(folder, options)
+        kept, faults = measure(folder, folder == folders[0], options)
         rounds += kept
         wrong += faults
     if options.json:
