@@ -242,6 +242,11 @@ pub enum Error {
         /// The file.
         path: String,
     },
+    /// Somebody else uses the file in a way that does not go together with this one.
+    Locked {
+        /// The file; empty if it was not opened by path.
+        name: String,
+    },
     /// A path or name is not acceptable.
     Path {
         /// The path.
@@ -296,7 +301,7 @@ pub enum ErrorCode {
     Exists = 16,
     /// [`Error::Panic`].
     Panic = 17,
-    /// Reserved: the image is locked by another process.
+    /// [`Error::Locked`].
     Locked = 18,
     /// Reserved: a secret is missing or wrong.
     BadSecret = 19,
@@ -328,6 +333,7 @@ impl Error {
             Self::UnknownOption { .. } | Self::OptionValue { .. } | Self::OptionUnused { .. } => ErrorCode::Option,
             Self::TooLarge { .. } => ErrorCode::TooLarge,
             Self::Exists { .. } => ErrorCode::Exists,
+            Self::Locked { .. } => ErrorCode::Locked,
             Self::Panic { .. } => ErrorCode::Panic,
         }
     }
@@ -348,6 +354,7 @@ impl Error {
             Self::ReadOnly | Self::InspectOnly => libc::EROFS,
             Self::TooLarge { .. } => libc::EFBIG,
             Self::Exists { .. } => libc::EEXIST,
+            Self::Locked { .. } => libc::EBUSY,
         }
     }
 }
@@ -422,6 +429,10 @@ impl fmt::Display for Error {
             Self::UnknownOption { key } => write!(f, "unknown option '{key}'"),
             Self::OptionValue { key, value, expected } => write!(f, "option '{key}' cannot be '{value}': expected {expected}"),
             Self::TooLarge { what, limit } => write!(f, "{what} would exceed the limit of {limit}"),
+            Self::Locked { name } => write!(
+                f,
+                "'{name}' is in use by somebody whose use does not go together with this one; close it there, open it read-only, or set option 'locking' if you know better"
+            ),
             Self::Exists { path } => write!(f, "'{path}' exists already; pass the overwrite flag to replace it"),
             Self::Path { path, why } => write!(f, "path '{path}' {why}"),
             Self::Panic { message } => write!(f, "internal error (this is a bug in libqcow2): {message}"),

@@ -12,6 +12,7 @@ use crate::format::header::{
 };
 use crate::format::{BackingName, Compression, Geometry, Header, HostOffset, extension, refcount};
 use crate::storage::file::FileStorage;
+use crate::storage::lock::LockMode;
 use crate::storage::{Blocking, Io, IoSrc, Storage};
 use crate::wait::block_on;
 
@@ -174,7 +175,12 @@ async fn flush<I: Io>(io: &I, storage: &dyn Storage) -> Result<()> {
 pub fn create(path: &Path, size_bytes: u64, options: &CreateOptions, overwrite: bool) -> Result<()> {
     let plan = Plan::new(size_bytes, options)?;
     let (file, made_here) = open_file(path, overwrite)?;
-    let result = block_on(write_image(&Blocking, &FileStorage::new(file), &plan));
+    let storage = FileStorage::new(file);
+    // Not being able to lock is no reason to fail; that somebody uses the file is. The lock goes with the file.
+    if matches!(storage.lock(LockMode::Writer), Ok(false)) {
+        return Err(Error::Locked { name: path.display().to_string() });
+    }
+    let result = block_on(write_image(&Blocking, &storage, &plan));
     if result.is_err() && made_here {
         // The error of the creation is what the caller has to know; if this fails too, an empty file is left.
         let _ = std::fs::remove_file(path);

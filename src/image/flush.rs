@@ -43,6 +43,12 @@ impl Image {
     /// Flushes, gives back what can be given back, and ends all use of the handle. See [`Image::close`].
     pub async fn close_with<I: Io>(&self, io: &I) -> Result<()> {
         let before = self.status.set(CLOSED);
+        let result = self.finish(io, before).await;
+        self.lock.release();
+        result
+    }
+
+    async fn finish<I: Io>(&self, io: &I, before: u32) -> Result<()> {
         if before & (CLOSED | READ_ONLY) != 0 {
             return Ok(());
         }

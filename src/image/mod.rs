@@ -31,6 +31,7 @@ use crate::tables::Tables;
 use crate::wait::{Claims, block_on};
 
 use chain::{Chain, Content};
+use open::HeldLock;
 use status::{CLOSED, CORRUPT, Counters, READ_ONLY, Status};
 
 pub use create::{create, create_with};
@@ -49,6 +50,7 @@ pub struct Image {
     chain: Chain, // empty if the image was opened to be inspected
     header: Header,
     size_bytes: u64,
+    lock: HeldLock,
     storage: Arc<dyn Storage>,
     path: PathBuf,
     allocator: Allocator,

@@ -2,18 +2,20 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Image;
 use super::backing::{Folder, open_file};
 use super::chain::{Chain, Content, Layer};
 use super::load::load_header;
-use super::options::{BackingFormat, Discard, LogLevel, MissingFormat, OpenOptions};
+use super::options::{BackingFormat, Discard, Locking, LogLevel, MissingFormat, OpenOptions};
 use super::status::{CORRUPT, Counters, INSPECT, READ_ONLY, Status, UNTOUCHED};
 use crate::alloc::Allocator;
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::format::Header;
 use crate::format::header::{BackingName, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
+use crate::storage::lock::LockMode;
 use crate::storage::{Io, Storage};
 use crate::tables::Tables;
 use crate::tables::file::HostFile;
@@ -46,6 +48,15 @@ impl Image {
         options: &OpenOptions,
     ) -> Result<Self> {
         let read_only = options.read_only || options.inspect;
+        let mode = match (options.locking, read_only) {
+            (Locking::On, _) if options.inspect => Some(LockMode::Inspector),
+            (Locking::On, true) => Some(LockMode::Reader),
+            (Locking::On, false) => Some(LockMode::Writer),
+            (Locking::Shared, true) => Some(LockMode::SharingReader),
+            (Locking::Shared, false) => Some(LockMode::SharingWriter),
+            (Locking::Off, _) => None,
+        };
+        let held = HeldLock::take(&storage, mode, &path.display().to_string(), options)?;
         let header = load_header(io, &*storage).await?;
         let mut bits = if read_only { READ_ONLY } else { UNTOUCHED };
         if options.inspect {
@@ -76,6 +87,7 @@ impl Image {
             chain: Chain { layers },
             size_bytes: header.size_bytes,
             header,
+            lock: held,
             storage,
             path,
             allocator: Allocator::default(),
@@ -122,9 +134,13 @@ async fn accept_chain<I: Io>(
             return Err(Error::ChainTooDeep { limit: options.backing_depth_max });
         }
         let format = backing_format(&backing, options)?;
-        let storage = find_backing(&backing, format, depth, &mut folder, options)?;
+        let found = find_backing(&backing, format, depth, &mut folder, options)?;
+        let storage = found.storage;
         if storage.identity().is_some_and(|identity| seen.contains(&identity)) {
             return Err(Error::ChainLoop { name: backing.name });
+        }
+        if found.by_name {
+            lock_backing(&*storage, &backing.name, options)?;
         }
         let accepted = accept_backing(io, storage, &backing.name, format).await;
         chain.push(accepted.map_err(|e| Error::Backing { name: backing.name, source: Box::new(e) })?);
@@ -140,6 +156,12 @@ fn backing_format(backing: &BackingName, options: &OpenOptions) -> Result<Backin
     .ok_or_else(|| Error::BackingFormat { name: backing.name.clone(), format: backing.format.clone() })
 }
 
+/// A backing file, and whether it was opened here by its name: those that the caller gives are the caller's to lock.
+struct Found {
+    storage: Arc<dyn Storage>,
+    by_name: bool,
+}
+
 /// Given by the caller, found by the caller's resolver, or opened by name where the caller allows that.
 fn find_backing(
     backing: &BackingName,
@@ -147,19 +169,72 @@ fn find_backing(
     depth: u32,
     folder: &mut Option<Folder>,
     options: &OpenOptions,
-) -> Result<Arc<dyn Storage>> {
+) -> Result<Found> {
     if let Some(storage) = options.backing_storages.get(depth as usize) {
-        return Ok(storage.clone());
+        return Ok(Found { storage: storage.clone(), by_name: false });
     }
+    let by_name = options.resolver.is_none();
     let found = match (&options.resolver, folder) {
         (Some(resolver), _) => resolver.resolve(&backing.name, format, depth),
         (None, Some(folder)) => folder.open_backing(&backing.name, options.backing),
         (None, None) => Folder::nowhere().open_backing(&backing.name, options.backing),
     };
-    found.map_err(|e| match e {
-        denied @ Error::BackingDenied { .. } => denied,
-        e => Error::Backing { name: backing.name.clone(), source: Box::new(e) },
-    })
+    match found {
+        Ok(storage) => Ok(Found { storage, by_name }),
+        Err(denied @ Error::BackingDenied { .. }) => Err(denied),
+        Err(e) => Err(Error::Backing { name: backing.name.clone(), source: Box::new(e) }),
+    }
+}
+
+/// Backing files are read, and must not change meanwhile. The lock goes with the file.
+fn lock_backing(storage: &dyn Storage, name: &str, options: &OpenOptions) -> Result<()> {
+    match options.locking {
+        Locking::Off => Ok(()),
+        Locking::On => take_lock(storage, LockMode::Reader, name, options),
+        Locking::Shared => take_lock(storage, LockMode::SharingReader, name, options),
+    }
+}
+
+fn take_lock(storage: &dyn Storage, mode: LockMode, name: &str, options: &OpenOptions) -> Result<()> {
+    match storage.lock(mode) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::Locked { name: name.to_owned() }),
+        Err(e) => {
+            // File systems without locks exist, and their users had no protection before either.
+            if let Some(log) = &options.log {
+                log(LogLevel::Warning, &format!("'{name}' cannot be locked, and is used without: {e}"));
+            }
+            Ok(())
+        }
+    }
+}
+
+/// The lock on the image itself, given back when the handle goes or the open fails: the storage may be the caller's.
+pub(super) struct HeldLock {
+    storage: Arc<dyn Storage>,
+    is_held: AtomicBool,
+}
+
+impl HeldLock {
+    fn take(storage: &Arc<dyn Storage>, mode: Option<LockMode>, name: &str, options: &OpenOptions) -> Result<Self> {
+        if let Some(mode) = mode {
+            take_lock(&**storage, mode, name, options)?;
+        }
+        Ok(Self { storage: storage.clone(), is_held: AtomicBool::new(mode.is_some()) })
+    }
+
+    /// Gives the lock back, once: a handle that is closed and dropped later must not take it from the next one.
+    pub(super) fn release(&self) {
+        if self.is_held.swap(false, Ordering::AcqRel) {
+            self.storage.unlock();
+        }
+    }
+}
+
+impl Drop for HeldLock {
+    fn drop(&mut self) {
+        self.release();
+    }
 }
 
 async fn accept_backing<I: Io>(

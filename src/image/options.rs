@@ -92,6 +92,19 @@ pub enum Discard {
     Ignore,
 }
 
+/// Whether others are kept from a file while it is in use, and it from theirs: in the way of QEMU, which then takes
+/// part in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Locking {
+    /// One writer, or any number of readers.
+    #[default]
+    On,
+    /// Others may do anything meanwhile, unless they object themselves.
+    Shared,
+    /// Neither ask nor tell.
+    Off,
+}
+
 /// How to open an image.
 #[derive(Clone)]
 pub struct OpenOptions {
@@ -105,6 +118,8 @@ pub struct OpenOptions {
     pub backing_fmt_missing: MissingFormat,
     /// Most backing files under the image.
     pub backing_depth_max: u32,
+    /// Whether others are kept from the files.
+    pub locking: Locking,
     /// What becomes of space that the guest gives up.
     pub discard: Discard,
     /// Bytes of L2 tables kept in memory.
@@ -127,6 +142,7 @@ impl Default for OpenOptions {
             backing: BackingPolicy::default(),
             backing_fmt_missing: MissingFormat::default(),
             backing_depth_max: 200,
+            locking: Locking::default(),
             discard: Discard::default(),
             l2_cache_size: 32 << 20,
             refcount_cache_size: 8 << 20,
@@ -146,6 +162,7 @@ impl fmt::Debug for OpenOptions {
             .field("backing", &self.backing)
             .field("backing_fmt_missing", &self.backing_fmt_missing)
             .field("backing_depth_max", &self.backing_depth_max)
+            .field("locking", &self.locking)
             .field("discard", &self.discard)
             .field("l2_cache_size", &self.l2_cache_size)
             .field("refcount_cache_size", &self.refcount_cache_size)
@@ -181,6 +198,14 @@ impl OpenOptions {
                 self.backing_depth_max = match value.parse() {
                     Ok(depth) if depth <= DEPTH_MAX => depth,
                     _ => return not_acceptable(key, value, "a number of files from 0 to 1000"),
+                }
+            }
+            "locking" => {
+                self.locking = match value {
+                    "on" => Locking::On,
+                    "shared" => Locking::Shared,
+                    "off" => Locking::Off,
+                    _ => return not_acceptable(key, value, "on, shared or off"),
                 }
             }
             "discard" => {
@@ -433,6 +458,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     for_open("backing_fmt_missing", OptionKind::Choice(&["refuse", "raw"]), "refuse",
         "what to do about a backing file without a declared format"),
     for_open("backing_depth_max", OptionKind::Number, "200", "most backing files under the image"),
+    for_open("locking", OptionKind::Choice(&["on", "shared", "off"]), "on",
+        "keep others from the files as QEMU does, let them in, or neither ask nor tell"),
     for_open("discard", OptionKind::Choice(&["unmap", "ignore", "on", "off"]), "unmap",
         "whether discards and freed clusters give space back"),
     for_open("l2_cache_size", OptionKind::Size, "32M", "memory for L2 tables"),

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use super::lock::{self, LockMode};
 use super::{Identity, IoDst, IoSrc, Storage};
 
 /// Most pieces that one system call takes (IOV_MAX of Linux).
@@ -138,6 +139,14 @@ impl Storage for FileStorage {
                 return Ok(());
             }
         }
+    }
+
+    fn lock(&self, mode: LockMode) -> io::Result<bool> {
+        lock::acquire(self.fd(), mode)
+    }
+
+    fn unlock(&self) {
+        lock::release(self.fd());
     }
 
     fn allocated_bytes(&self) -> Option<u64> {

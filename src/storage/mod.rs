@@ -9,6 +9,7 @@ use std::io;
 use std::marker::PhantomData;
 
 pub mod file;
+pub mod lock;
 pub mod memory;
 pub mod pieces;
 pub mod sim;
@@ -158,6 +159,16 @@ pub trait Storage: Send + Sync {
         let _ = (offset, length);
         Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }
+
+    /// Takes the locks that go with a way of using the storage; `false`: somebody else's use contradicts. A storage
+    /// that nobody else can reach has nothing to lock.
+    fn lock(&self, mode: lock::LockMode) -> io::Result<bool> {
+        let _ = mode;
+        Ok(true)
+    }
+
+    /// Gives back what [`Storage::lock`] took.
+    fn unlock(&self) {}
 
     /// Bytes that the storage occupies, where that is known.
     fn allocated_bytes(&self) -> Option<u64> {
