@@ -34,6 +34,8 @@ int main(void)
     NULLED(qcow2_pwrite(NULL, &info, 8, 0, 0), "image");
     NULLED(qcow2_preadv(NULL, hole, 1, 0, 0), "image");
     NULLED(qcow2_pwritev(NULL, hole, 1, 0, 0), "image");
+    NULLED(qcow2_write_zeroes(NULL, 0, 8, 0), "image");
+    NULLED(qcow2_discard(NULL, 0, 8, 0), "image");
     NULLED(qcow2_flush(NULL), "image");
     NULLED(qcow2_get_info(NULL, &info, sizeof(info)), "image");
     NULLED(qcow2_get_stats(NULL, &stats, sizeof(stats)), "image");

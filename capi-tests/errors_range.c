@@ -24,6 +24,8 @@ int main(void)
         snprintf(named, sizeof(named), "%" PRIu64 " bytes at guest offset %" PRIu64, length, offset);
         FAILS(qcow2_pread(image, bytes, length, offset, 0), EINVAL, QCOW2_ERR_OUT_OF_RANGE, named);
         FAILS(qcow2_pwrite(image, bytes, length, offset, 0), EINVAL, QCOW2_ERR_OUT_OF_RANGE, named);
+        FAILS(qcow2_write_zeroes(image, offset, length, 0), EINVAL, QCOW2_ERR_OUT_OF_RANGE, named);
+        FAILS(qcow2_discard(image, offset, length, 0), EINVAL, QCOW2_ERR_OUT_OF_RANGE, named);
         FAILS(qcow2_map(image, offset, length, 0, &extent, 1, &n), EINVAL, QCOW2_ERR_OUT_OF_RANGE, named);
         CHECK(n == 0);
     }
@@ -32,6 +34,8 @@ int main(void)
     OK(qcow2_pread(image, bytes, DISK, 0, 0));
     OK(qcow2_pread(image, bytes, 0, DISK, 0));
     OK(qcow2_pwrite(image, bytes, 1, DISK - 1, 0));
+    OK(qcow2_write_zeroes(image, DISK - 1, 1, 0));
+    OK(qcow2_discard(image, DISK, 0, 0));
     OK(qcow2_map(image, DISK, 0, 0, &extent, 1, &n));
     CHECK(n == 0);
     OK(qcow2_close(image));

@@ -88,7 +88,8 @@ uint32_t qcow2_version_number(void);
 /**
  * Whether this build of the library has a feature.
  *
- * name: "zlib" and "zstd" (compressed clusters of that kind can be read), "extended_l2" (subclusters).
+ * name: "zlib" and "zstd" (compressed clusters of that kind can be read), "extended_l2" (subclusters),
+ *       "write_zeroes" and "discard" (those calls).
  *
  * Returns 1 if it has, 0 if it has not or nobody knows a feature of that name (NULL included).
  * Thread-safe. Since 0.1.
@@ -244,10 +245,10 @@ int64_t qcow2_size(const qcow2_image *image);
 
 /* Data ============================================================================================
  *
- * Reading and writing guest data. A request is all or nothing: it never returns a number of bytes. Offsets and
- * lengths need no alignment. Any number of threads may use one handle at once; two requests that overlap and of which
- * one writes give each byte one of the two values. What has been written is visible at once, and durable after
- * qcow2_flush().
+ * Reading and writing guest data, writing zeroes, and giving space back. A request is all or nothing: it never returns
+ * a number of bytes. Offsets and lengths need no alignment. Any number of threads may use one handle at once; two
+ * requests that overlap and of which one writes give each byte one of the two values. What has been written is visible
+ * at once, and durable after qcow2_flush().
  */
 
 /**
@@ -255,6 +256,14 @@ int64_t qcow2_size(const qcow2_image *image);
  * (the "force unit access" of SCSI, NVMe and virtio-blk).
  */
 #define QCOW2_FUA (1 << 0)
+
+/**
+ * Flag of qcow2_write_zeroes(): host clusters that hold nothing else any more are given up, as by qcow2_discard().
+ * Without it they stay allocated, so that writing there later needs no new space.
+ */
+#define QCOW2_MAY_UNMAP (1 << 1)
+/** Flag of qcow2_write_zeroes(): fail with -ENOTSUP rather than write zeroes as data, which is slow. */
+#define QCOW2_NO_FALLBACK (1 << 2)
 
 /**
  * Reads guest data into a buffer.
@@ -327,6 +336,59 @@ int qcow2_pwritev(qcow2_image *image,
                   const struct iovec *iov,
                   int iovcnt,
                   uint64_t offset,
+                  uint32_t flags);
+
+/**
+ * Makes a range read as zeroes, with as little writing as possible.
+ *
+ * image:  the handle, opened for writing
+ * offset: guest offset in bytes, of any alignment
+ * length: bytes, of any alignment and any number; offset + length must not be past the end of the image
+ * flags:  0, or any of QCOW2_FUA, QCOW2_MAY_UNMAP and QCOW2_NO_FALLBACK
+ *
+ * Whole subclusters (whole clusters in an image without extended_l2) become zero by a change of their entry alone.
+ * What is less than that at either end of the range is written as data, unless the rest of its subcluster reads as
+ * zeroes too. At the end of the image, what lies past the end counts as part of the range: a subcluster that the image
+ * ends in is whole if all of it that the image has is. Zeroes are also written as data into parts of compressed
+ * clusters, and wherever an image of version 2, which has no zero flag, leaves no other way.
+ *
+ * Returns 0 or a negative errno, as qcow2_pwrite(); and -ENOTSUP if QCOW2_NO_FALLBACK is given and data would have to
+ * be written: a caller may then repeat the request without it, or write the ends itself. After an error each byte of
+ * the range may be old or zero.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_write_zeroes(qcow2_image *image,
+                       uint64_t offset,
+                       uint64_t length,
+                       uint32_t flags);
+
+/**
+ * Says that nobody needs what a range holds (the "unmap", "trim" or "deallocate" of a guest), so that its space can be
+ * given back.
+ *
+ * image:  the handle, opened for writing
+ * offset: guest offset in bytes, of any alignment
+ * length: bytes, of any alignment and any number; offset + length must not be past the end of the image
+ * flags:  0
+ *
+ * A discard is advice: it does what is cheap, and no data is written for it. Of the range, whole subclusters (whole
+ * clusters without extended_l2) are given up; the end of the image counts as the end of its subcluster. What is given
+ * up reads as zeroes, never as what a backing file has there; the rest of the range keeps its contents: parts of
+ * subclusters, parts of compressed clusters, and in an image of version 2 parts of clusters and whatever covers a
+ * backing file. Who needs zeroes calls qcow2_write_zeroes() with QCOW2_MAY_UNMAP.
+ *
+ * A host cluster of which nothing is left is free for other data once that is durable, and the file gets a hole there
+ * (see punch_hole in "Storages") in the course of a later flush or of closing. With option "discard" set to "ignore"
+ * the arguments are checked and nothing else happens.
+ *
+ * Returns 0, also where nothing could be given up, or a negative errno: -EINVAL past the end or unknown flags; -EROFS
+ * opened read-only; others from the storage; -EIO the image is corrupt. After an error each byte of the range may be
+ * old or zero.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_discard(qcow2_image *image,
+                  uint64_t offset,
+                  uint64_t length,
                   uint32_t flags);
 
 /* Creating images =================================================================================
@@ -820,6 +882,12 @@ typedef struct qcow2_storage_ops {
     int (*truncate)(void *user, uint64_t size);
     /** Called once, when the last image, option object or handle that used the storage is gone. May be NULL. */
     qcow2_destroy_fn destroy;
+    /**
+     * Gives up the space of length bytes at offset: they read as zeroes from then on, and the size stays. Returns 0.
+     * NULL, or a function that fails: freed clusters keep their space until they are used again; after the first
+     * failure an image does not call it again.
+     */
+    int (*punch_hole)(void *user, uint64_t offset, uint64_t length);
 } qcow2_storage_ops;
 
 /**

@@ -19,6 +19,8 @@ PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 
 _OVERWRITE = 1
 _FUA = 1
+_MAY_UNMAP = 2
+_NO_FALLBACK = 4
 _EXTENTS_A_CALL = 256
 _DATA, _ZERO, _COMPRESSED, _PRESENT, _OFFSET_VALID = (1 << bit for bit in range(5))
 
@@ -30,7 +32,7 @@ def version() -> str:
 
 
 def has_feature(name: str) -> bool:
-    """Whether this build of the library has a feature: "zlib", "zstd", "extended_l2"."""
+    """Whether this build of the library has a feature: "zlib", "zstd", "extended_l2", "discard" and so on."""
     return bool(lib.qcow2_has_feature(name.encode()))
 
 
@@ -198,6 +200,25 @@ class Image:
                     del memory
             return length
 
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
+    ) -> None:
+        """Makes ``length`` bytes at ``offset`` read as zeroes, with as little writing as possible.
+
+        With ``may_unmap``, clusters that hold nothing else any more are given up. With ``no_fallback`` the call fails
+        with ``errno.ENOTSUP`` where zeroes would have to be written as data. With ``fua`` it is durable on return.
+        """
+        flags = _MAY_UNMAP * may_unmap | _NO_FALLBACK * no_fallback | _FUA * fua
+        self._call(lib.qcow2_write_zeroes, _offset(offset), _length(length), flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Gives up what ``length`` bytes at ``offset`` hold, as advice.
+
+        Subclusters (or clusters) that lie in the range as a whole are dropped where that is cheap, and read as zeroes
+        then; the rest of the range stays as it is.
+        """
+        self._call(lib.qcow2_discard, _offset(offset), _length(length), 0)
+
     def flush(self) -> None:
         """Makes everything durable that was written before."""
         self._call(lib.qcow2_flush)
@@ -240,10 +261,18 @@ class Image:
 
 
 def _offset(offset: int) -> int:
+    return _u64("offset", offset)
+
+
+def _length(length: int) -> int:
+    return _u64("length", length)
+
+
+def _u64(name: str, value: int) -> int:
     # ctypes would silently take it modulo 2**64.
-    if offset < 0 or offset >= 1 << 64:
-        raise ValueError(f"offset must be from 0 to 2**64 - 1, not {offset}")
-    return offset
+    if value < 0 or value >= 1 << 64:
+        raise ValueError(f"{name} must be from 0 to 2**64 - 1, not {value}")
+    return value
 
 
 def _extent(extent: CExtent) -> Extent:

@@ -125,6 +125,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qcow2_size": (ctypes.c_int64, [_HANDLE]),
     "qcow2_pread": (ctypes.c_int, [_HANDLE, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_uint32]),
     "qcow2_pwrite": (ctypes.c_int, [_HANDLE, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_uint32]),
+    "qcow2_write_zeroes": (ctypes.c_int, [_HANDLE, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32]),
+    "qcow2_discard": (ctypes.c_int, [_HANDLE, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32]),
     "qcow2_create": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_uint64, _HANDLE, ctypes.c_uint32]),
     "qcow2_opts_new": (_HANDLE, []),
     "qcow2_opts_free": (None, [_HANDLE]),

@@ -100,6 +100,37 @@ class Data(Case):
         self.assertEqual(seen, [address])
         self.assertEqual(buffer, b"\x5a" * 65536)
 
+    def test_write_zeroes(self) -> None:
+        image = self.image(extended_l2=True)
+        image.write(b"x" * 131072, 0)
+        image.write_zeroes(1000, 64536)
+        self.assertEqual(image.read(64538, 999), b"x" + b"\0" * 64536 + b"x")
+        self.assertEqual([e.zero for e in image.map(2048, 2048)], [True])
+        self.assertIsNotNone(next(image.map(2048, 2048)).offset)
+        image.write_zeroes(0, 131072, may_unmap=True, no_fallback=True, fua=True)
+        self.assertIsNone(next(image.map()).offset)
+        image.write(b"x" * 4096, 0)
+        with self.fails(qcow2.Code.UNSUPPORTED, errno.ENOTSUP, "without writing data"):
+            image.write_zeroes(100, 1000, no_fallback=True)
+        self.assertEqual(image.read(4096, 0), b"x" * 4096)
+
+    def test_discard_gives_space_back(self) -> None:
+        image = self.image(16 << 20, extended_l2=True)
+        image.flush()
+        empty = self.disk.stat().st_blocks
+        image.write(b"x" * (16 << 20), 0)
+        image.flush()
+        self.assertGreater(self.disk.stat().st_blocks, 16 << 11)
+        image.discard(2048, 2048)
+        self.assertEqual(image.read(6144, 0), b"x" * 2048 + b"\0" * 2048 + b"x" * 2048)
+        image.discard(100, 100)
+        self.assertEqual(image.read(1, 100), b"x")
+        image.discard(0, 16 << 20)
+        image.flush()
+        self.assertEqual(image.read(1 << 20, 0), bytes(1 << 20))
+        image.close()
+        self.assertLess(self.disk.stat().st_blocks, empty + (1 << 11))
+
     def test_threads(self) -> None:
         image = self.image(4 << 20, extended_l2=True)
         wrong = []
@@ -208,8 +239,10 @@ class Errors(Case):
 
     def test_read_only(self) -> None:
         self.image().close()
-        with qcow2.Image(self.disk, read_only=True) as image, self.fails(qcow2.Code.READ_ONLY, errno.EROFS, "read-only"):
-            image.write(b"x", 0)
+        with qcow2.Image(self.disk, read_only=True) as image:
+            for call in (lambda: image.write(b"x", 0), lambda: image.write_zeroes(0, 1), lambda: image.discard(0, 1)):
+                with self.fails(qcow2.Code.READ_ONLY, errno.EROFS, "read-only"):
+                    call()
 
     def test_closed(self) -> None:
         image = self.image()
@@ -217,7 +250,15 @@ class Errors(Case):
         image.close()
         image.close()
         self.assertTrue(image.closed)
-        for call in (lambda: image.read(1, 0), image.flush, image.info, lambda: image.size, lambda: list(image.map())):
+        for call in (
+            lambda: image.read(1, 0),
+            lambda: image.write_zeroes(0, 1),
+            lambda: image.discard(0, 1),
+            image.flush,
+            image.info,
+            lambda: image.size,
+            lambda: list(image.map()),
+        ):
             with self.assertRaisesRegex(ValueError, "closed"):
                 call()
 
@@ -228,6 +269,9 @@ class Errors(Case):
             lambda: image.read(-1, 0),
             lambda: image.write(b"x", 1 << 64),
             lambda: image.readinto(bytearray(1), -1),
+            lambda: image.write_zeroes(-1, 1),
+            lambda: image.write_zeroes(0, 1 << 64),
+            lambda: image.discard(0, -1),
             lambda: qcow2.create(self.folder / "x", -1),
         ):
             with self.assertRaises(ValueError):

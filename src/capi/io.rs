@@ -1,9 +1,9 @@
 //! Data
 //!
-//! Reading and writing guest data. A request is all or nothing: it never returns a number of bytes. Offsets and
-//! lengths need no alignment. Any number of threads may use one handle at once; two requests that overlap and of which
-//! one writes give each byte one of the two values. What has been written is visible at once, and durable after
-//! qcow2_flush().
+//! Reading and writing guest data, writing zeroes, and giving space back. A request is all or nothing: it never returns
+//! a number of bytes. Offsets and lengths need no alignment. Any number of threads may use one handle at once; two
+//! requests that overlap and of which one writes give each byte one of the two values. What has been written is visible
+//! at once, and durable after qcow2_flush().
 
 use libc::{c_int, c_void, iovec};
 
@@ -12,12 +12,19 @@ use super::boundary::{call_on, null};
 use super::image::qcow2_image;
 use crate::error::{Error, Result};
 use crate::format::GuestOffset;
-use crate::image::WriteFlags;
+use crate::image::{WriteFlags, ZeroFlags};
 use crate::storage::{IoDst, IoSrc};
 
 /// Flag of the write calls: the write is durable when the call returns, as if qcow2_flush() covered it alone
 /// (the "force unit access" of SCSI, NVMe and virtio-blk).
 pub const QCOW2_FUA: u32 = 1 << 0;
+
+/// Flag of qcow2_write_zeroes(): host clusters that hold nothing else any more are given up, as by qcow2_discard().
+/// Without it they stay allocated, so that writing there later needs no new space.
+pub const QCOW2_MAY_UNMAP: u32 = 1 << 1;
+
+/// Flag of qcow2_write_zeroes(): fail with -ENOTSUP rather than write zeroes as data, which is slow.
+pub const QCOW2_NO_FALLBACK: u32 = 1 << 2;
 
 // A vector of the caller is used as it is, as pieces: no copy, no allocation.
 const _: () = {
@@ -189,6 +196,70 @@ pub unsafe extern "C" fn qcow2_pwritev(
         // SAFETY: same layout (asserted above), and the caller's memory is readable for the time of this call.
         let pieces = unsafe { std::slice::from_raw_parts(pieces.as_ptr().cast::<IoSrc<'_>>(), pieces.len()) };
         image.image.write(pieces, GuestOffset(offset), WriteFlags { fua: flags & QCOW2_FUA != 0 })
+    };
+    // SAFETY: NULL or an open handle by the manual above.
+    unsafe { call_on(image, body) }
+}
+
+/// Makes a range read as zeroes, with as little writing as possible.
+///
+/// image:  the handle, opened for writing
+/// offset: guest offset in bytes, of any alignment
+/// length: bytes, of any alignment and any number; offset + length must not be past the end of the image
+/// flags:  0, or any of QCOW2_FUA, QCOW2_MAY_UNMAP and QCOW2_NO_FALLBACK
+///
+/// Whole subclusters (whole clusters in an image without extended_l2) become zero by a change of their entry alone.
+/// What is less than that at either end of the range is written as data, unless the rest of its subcluster reads as
+/// zeroes too. At the end of the image, what lies past the end counts as part of the range: a subcluster that the image
+/// ends in is whole if all of it that the image has is. Zeroes are also written as data into parts of compressed
+/// clusters, and wherever an image of version 2, which has no zero flag, leaves no other way.
+///
+/// Returns 0 or a negative errno, as qcow2_pwrite(); and -ENOTSUP if QCOW2_NO_FALLBACK is given and data would have to
+/// be written: a caller may then repeat the request without it, or write the ends itself. After an error each byte of
+/// the range may be old or zero.
+/// Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_write_zeroes(image: *mut qcow2_image, offset: u64, length: u64, flags: u32) -> c_int {
+    let body = |image: &qcow2_image| {
+        check_flags(flags, QCOW2_FUA | QCOW2_MAY_UNMAP | QCOW2_NO_FALLBACK)?;
+        let flags = ZeroFlags {
+            may_unmap: flags & QCOW2_MAY_UNMAP != 0,
+            no_fallback: flags & QCOW2_NO_FALLBACK != 0,
+            fua: flags & QCOW2_FUA != 0,
+        };
+        image.image.write_zeroes(offset, length, flags)
+    };
+    // SAFETY: NULL or an open handle by the manual above.
+    unsafe { call_on(image, body) }
+}
+
+/// Says that nobody needs what a range holds (the "unmap", "trim" or "deallocate" of a guest), so that its space can be
+/// given back.
+///
+/// image:  the handle, opened for writing
+/// offset: guest offset in bytes, of any alignment
+/// length: bytes, of any alignment and any number; offset + length must not be past the end of the image
+/// flags:  0
+///
+/// A discard is advice: it does what is cheap, and no data is written for it. Of the range, whole subclusters (whole
+/// clusters without extended_l2) are given up; the end of the image counts as the end of its subcluster. What is given
+/// up reads as zeroes, never as what a backing file has there; the rest of the range keeps its contents: parts of
+/// subclusters, parts of compressed clusters, and in an image of version 2 parts of clusters and whatever covers a
+/// backing file. Who needs zeroes calls qcow2_write_zeroes() with QCOW2_MAY_UNMAP.
+///
+/// A host cluster of which nothing is left is free for other data once that is durable, and the file gets a hole there
+/// (see punch_hole in "Storages") in the course of a later flush or of closing. With option "discard" set to "ignore"
+/// the arguments are checked and nothing else happens.
+///
+/// Returns 0, also where nothing could be given up, or a negative errno: -EINVAL past the end or unknown flags; -EROFS
+/// opened read-only; others from the storage; -EIO the image is corrupt. After an error each byte of the range may be
+/// old or zero.
+/// Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_discard(image: *mut qcow2_image, offset: u64, length: u64, flags: u32) -> c_int {
+    let body = |image: &qcow2_image| {
+        check_flags(flags, 0)?;
+        image.image.discard(offset, length)
     };
     // SAFETY: NULL or an open handle by the manual above.
     unsafe { call_on(image, body) }

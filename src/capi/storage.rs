@@ -63,6 +63,10 @@ pub struct qcow2_storage_ops {
     pub truncate: Option<unsafe extern "C" fn(user: *mut c_void, size: u64) -> c_int>,
     /// Called once, when the last image, option object or handle that used the storage is gone. May be NULL.
     pub destroy: qcow2_destroy_fn,
+    /// Gives up the space of length bytes at offset: they read as zeroes from then on, and the size stays. Returns 0.
+    /// NULL, or a function that fails: freed clusters keep their space until they are used again; after the first
+    /// failure an image does not call it again.
+    pub punch_hole: Option<unsafe extern "C" fn(user: *mut c_void, offset: u64, length: u64) -> c_int>,
 }
 
 // SAFETY: repr(C); one integer and pointers, for which zero is NULL.
@@ -221,6 +225,12 @@ impl Storage for CallbackStorage {
         let truncate = self.ops.truncate.ok_or_else(unsupported)?;
         // SAFETY: the caller's function with its own pointer.
         status(unsafe { truncate(self.data.user, size) })
+    }
+
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        let punch_hole = self.ops.punch_hole.ok_or_else(unsupported)?;
+        // SAFETY: the caller's function with its own pointer.
+        status(unsafe { punch_hole(self.data.user, offset, length) })
     }
 }
 

@@ -22,7 +22,13 @@ const VERSION: u32 = (number(env!("CARGO_PKG_VERSION_MAJOR")) << 16)
     | number(env!("CARGO_PKG_VERSION_PATCH"));
 
 /// What a build may have or lack. Names only ever get added.
-const FEATURES: &[(&str, bool)] = &[("zlib", true), ("zstd", cfg!(feature = "zstd")), ("extended_l2", true)];
+const FEATURES: &[(&str, bool)] = &[
+    ("zlib", true),
+    ("zstd", cfg!(feature = "zstd")),
+    ("extended_l2", true),
+    ("write_zeroes", true),
+    ("discard", true),
+];
 
 /// The version of the library as text, "0.1.0" for example.
 ///
@@ -43,7 +49,8 @@ pub extern "C" fn qcow2_version_number() -> u32 {
 
 /// Whether this build of the library has a feature.
 ///
-/// name: "zlib" and "zstd" (compressed clusters of that kind can be read), "extended_l2" (subclusters).
+/// name: "zlib" and "zstd" (compressed clusters of that kind can be read), "extended_l2" (subclusters),
+///       "write_zeroes" and "discard" (those calls).
 ///
 /// Returns 1 if it has, 0 if it has not or nobody knows a feature of that name (NULL included).
 /// Thread-safe. Since 0.1.
