@@ -1,37 +1,58 @@
 /* Runs the steps of a table in scenarios/ (step, backing, op, offset, length, cluster, entry, bitmap), each as one
  * open, one request and one close, and checks after each: the L2 entries, the data against a shadow, qemu-img check.
- * Requests that the library does not have yet (zero, discard, compressed) are made by qemu-io in between. */
+ * Compressed writes, which the library does not have yet, are made by qemu-io in between. */
 #ifndef SCENARIO_TABLE_H
 #define SCENARIO_TABLE_H
 
 #include "test.h"
 
-#define DISK (1 << 20)
+#define DISK_MAX (4 << 20)
 
-static uint8_t shadow[DISK], guest[DISK];
+static uint8_t shadow[DISK_MAX], guest[DISK_MAX];
+static size_t disk;
+static bool cut_short;
 
-static void by_qemu_io(const char *command)
+/* Where our entry is another one than QEMU's: this one and no other (docs/divergences.md says why). */
+static const struct { const char *step; uint64_t cluster, kind, bitmap; } ours[] = {
+    {"E13", 22, 0, UINT64_C(0xffffffff00000000)},
+    {"E14", 24, COPIED, UINT64_C(0xffff00000000ffff)},
+    {"E14", 25, 0, UINT64_C(0xffffffff00000000)},
+    {"H13", 22, 0, UINT64_C(0xffffffff00000000)},
+    {"H14", 24, COPIED, UINT64_C(0xffff00000000ffff)},
+    {"H14", 25, 0, UINT64_C(0xffffffff00000000)},
+};
+
+static bool have_qemu_io(const char *step)
 {
-    if (!shell("qemu-io -f qcow2 -c '%s' disk.qcow2 >qemu-io.log 2>&1 || { cat qemu-io.log >&2; false; }", command))
-        FAIL("qemu-io: %s", command);
+    if (shell("qemu-io --version >/dev/null 2>&1"))
+        return true;
+    fprintf(stderr, "NOT RUN: %s and what follows; without qemu-io there is nobody who writes compressed clusters\n", step);
+    cut_short = true;
+    return false;
 }
 
 static void request(const char *op, uint64_t offset, uint64_t length, int pattern)
 {
-    char command[128];
-    if (strcmp(op, "write") == 0) {
-        qcow2_image *image = open_image("disk.qcow2");
-        write_pattern(image, pattern, offset, length);
-        OK(qcow2_close(image));
-    } else if (strcmp(op, "write compressed") == 0) {
-        snprintf(command, sizeof(command), "write -c -P %d %" PRIu64 " %" PRIu64, pattern, offset, length);
-        by_qemu_io(command);
+    if (strcmp(op, "write compressed") == 0) {
+        if (!shell("qemu-io -f qcow2 -c 'write -c -P %d %" PRIu64 " %" PRIu64 "' disk.qcow2 >qemu-io.log 2>&1 || "
+                   "{ cat qemu-io.log >&2; false; }", pattern, offset, length))
+            FAIL("qemu-io cannot write compressed clusters");
     } else {
-        const char *verb = strcmp(op, "zero") == 0 ? "write -z" : strcmp(op, "zero+unmap") == 0 ? "write -z -u" : "discard";
-        CHECK(strcmp(verb, "discard") != 0 || strcmp(op, "discard") == 0);
-        snprintf(command, sizeof(command), "%s %" PRIu64 " %" PRIu64, verb, offset, length);
-        by_qemu_io(command);
-        pattern = 0;
+        qcow2_image *image = open_image("disk.qcow2");
+        if (strcmp(op, "write") == 0) {
+            write_pattern(image, pattern, offset, length);
+        } else {
+            pattern = 0;
+            if (strcmp(op, "zero") == 0)
+                OK(qcow2_write_zeroes(image, offset, length, 0));
+            else if (strcmp(op, "zero+unmap") == 0)
+                OK(qcow2_write_zeroes(image, offset, length, QCOW2_MAY_UNMAP));
+            else if (strcmp(op, "discard") == 0)
+                OK(qcow2_discard(image, offset, length, 0));
+            else
+                FAIL("unknown request '%s'", op);
+        }
+        OK(qcow2_close(image));
     }
     memset(shadow + offset, pattern, length);
 }
@@ -39,18 +60,30 @@ static void request(const char *op, uint64_t offset, uint64_t length, int patter
 static void expect_data(const char *step)
 {
     qcow2_image *image = open_image("disk.qcow2");
-    OK(qcow2_pread(image, guest, DISK, 0, 0));
+    OK(qcow2_pread(image, guest, disk, 0, 0));
     OK(qcow2_close(image));
-    for (size_t at = 0; at < DISK; at++)
+    for (size_t at = 0; at < disk; at++)
         if (guest[at] != shadow[at])
             FAIL("%s: guest byte %zu is 0x%02x instead of 0x%02x", step, at, guest[at], shadow[at]);
-    write_file("shadow.raw", shadow, DISK);
-    if (!shell("qemu-img compare -q -f qcow2 -F raw disk.qcow2 shadow.raw"))
+    write_file("shadow.raw", shadow, disk);
+    if (have_qemu() && !shell("qemu-img compare -q -f qcow2 -F raw disk.qcow2 shadow.raw"))
         FAIL("%s: qemu-img compare finds other data than we do", step);
 }
 
-/* The rows of the table that are for this run (with a backing file or without); returns how many steps. */
-static int run_table(const char *table, bool backing)
+/* The entry is QEMU's, or, where `ours` has it, just that one. */
+static void expect_row(const char *step, uint64_t cluster, uint64_t entry, uint64_t bitmap)
+{
+    for (size_t i = 0; i < sizeof(ours) / sizeof(ours[0]); i++)
+        if (strcmp(ours[i].step, step) == 0 && ours[i].cluster == cluster) {
+            expect_entry(step, "disk.qcow2", cluster, ours[i].kind, ours[i].bitmap);
+            return;
+        }
+    expect_entry(step, "disk.qcow2", cluster, kind(entry), bitmap);
+}
+
+/* The rows of the table that are for this run (with a backing file or without), on a new disk of `size` bytes; fails
+ * unless there are so many steps. */
+static void run_table(const char *table, bool backing, size_t size, int steps_expected)
 {
     char path[512], line[256], step[16], op[32], previous[16] = "";
     const char *with[] = {"extended_l2=on", "backing_file=base.raw", "backing_fmt=raw", NULL};
@@ -58,29 +91,42 @@ static int run_table(const char *table, bool backing)
     int row_backing, steps = 0;
     uint64_t offset, length, cluster, entry, bitmap;
 
-    fill_file("base.raw", 0xff, DISK);
+    disk = size;
+    CHECK(disk <= DISK_MAX);
+    fill_file("base.raw", 0xff, disk);
     unlink("disk.qcow2");
-    create_image("disk.qcow2", DISK, backing ? with : without);
-    memset(shadow, backing ? 0xff : 0, DISK);
+    create_image("disk.qcow2", disk, backing ? with : without);
+    memset(shadow, backing ? 0xff : 0, disk);
     snprintf(path, sizeof(path), "%s/%s", getenv("SCENARIOS"), table);
     FILE *file = fopen(path, "r");
     CHECK(file != NULL && fgets(line, sizeof(line), file) != NULL);
     while (fgets(line, sizeof(line), file) != NULL) {
         int n = sscanf(line, "%15[^\t]\t%d\t%31[^\t]\t%" SCNu64 "\t%" SCNu64 "\t%" SCNu64 "\t%" SCNx64 "\t%" SCNx64, step,
                        &row_backing, op, &offset, &length, &cluster, &entry, &bitmap);
-        CHECK(n == 8 && offset + length <= DISK);
+        CHECK(n == 8 && offset + length <= disk);
         if (row_backing != backing)
             continue;
         if (strcmp(step, previous) != 0) {
+            if (strcmp(op, "write compressed") == 0 && !have_qemu_io(step))
+                break;
             strcpy(previous, step);
             request(op, offset, length, ++steps);
             check_image("disk.qcow2");
             expect_data(step);
         }
-        expect_entry(step, "disk.qcow2", cluster, kind(entry), bitmap);
+        expect_row(step, cluster, entry, bitmap);
     }
     fclose(file);
-    return steps;
+    if (!cut_short && steps != steps_expected)
+        FAIL("%s has %d steps instead of %d", table, steps, steps_expected);
+}
+
+/* The result of the whole test: skipped where steps had to be left out, all others having passed. */
+static int table_result(void)
+{
+    if (cut_short)
+        skip("qemu-io is not installed: the steps from the first compressed write on were left out");
+    return 0;
 }
 
 #endif

@@ -190,11 +190,12 @@ static inline uint64_t kind(uint64_t descriptor)
     return descriptor & (COPIED | COMPRESSED);
 }
 
+/* `kind_` 0: there is no host cluster. */
 static inline void expect_entry(const char *step, const char *path, uint64_t cluster, uint64_t kind_, uint64_t bitmap)
 {
     uint64_t at = l2_entry_at(path, cluster);
     uint64_t descriptor = peek(path, at, 8), found = peek(path, at + 8, 8);
-    if (kind(descriptor) != kind_ || found != bitmap)
+    if (kind(descriptor) != kind_ || found != bitmap || (kind_ == 0 && descriptor != 0))
         FAIL("%s: L2 entry #%" PRIu64 " is %016" PRIx64 " %016" PRIx64 ", expected kind %" PRIx64 " and bitmap %016" PRIx64,
              step, cluster, descriptor, found, kind_ >> 60, bitmap);
 }
