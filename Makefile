@@ -14,6 +14,7 @@ DESTDIR ?=
 CC ?= cc
 CFLAGS ?= -O2 -g
 CARGO ?= cargo
+OBJCOPY ?= objcopy
 CARGO_TARGET := $(or $(CARGO_TARGET_DIR),target)
 comma := ,
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -32,11 +33,14 @@ archive:
 
 build/libqcow2.a: archive
 
-# The shared library is linked from the static one: the linker call of rustc takes no second version script.
+# The shared library is linked from the static one: the linker call of rustc takes no second version script. What
+# debuggers need is 15 times the library, and left out unless it is asked for: make clean && make DEBUG=1.
+STRIP_DEBUG := $(if $(filter-out 0,$(DEBUG)),,-Wl$(comma)--strip-debug)
+
 $(SO): build/libqcow2.a libqcow2.map Makefile
 	$(CC) -shared -o $@ -Wl,-soname,$(SONAME) -Wl,--version-script=libqcow2.map \
 	    -Wl,--whole-archive build/libqcow2.a -Wl,--no-whole-archive \
-	    -Wl,--gc-sections -Wl,-z,relro,-z,now -Wl,--no-undefined -lgcc_s -lpthread -ldl -lm
+	    -Wl,--gc-sections -Wl,-z,relro,-z,now -Wl,--no-undefined $(STRIP_DEBUG) -lgcc_s -lpthread -ldl -lm
 	ln -sf $(notdir $@) build/$(SONAME)
 	ln -sf $(SONAME) build/libqcow2.so
 
@@ -78,6 +82,7 @@ install: build
 	ln -sf $(notdir $(SO)) $(DESTDIR)$(LIBDIR)/$(SONAME)
 	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libqcow2.so
 	install -m 644 build/libqcow2.a $(DESTDIR)$(LIBDIR)/
+	$(if $(STRIP_DEBUG),! command -v $(OBJCOPY) >/dev/null || $(OBJCOPY) --strip-debug $(DESTDIR)$(LIBDIR)/libqcow2.a)
 	install -m 644 include/qcow2.h $(DESTDIR)$(INCLUDEDIR)/
 	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|' \
 	    -e 's|@VERSION@|$(VERSION)|' -e 's|@DESCRIPTION@|$(DESCRIPTION)|' qcow2.pc.in \
