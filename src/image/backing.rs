@@ -19,6 +19,8 @@ const DENIED: &str = "set option 'backing' to 'relative' or 'any', give a resolv
 const NO_FOLDER: &str =
     "the image was not opened by path, so relative names lead nowhere; give a resolver or the storage";
 const NOT_BELOW: &str = "it leads out of the image's folder; set option 'backing' to 'any' if it is to be trusted";
+const NO_OPENAT2: &str = "this system (a kernel before Linux 5.6, or a seccomp filter) refuses openat2, without which \
+     names cannot be held below the image's folder; give a resolver or the storage";
 const NOT_A_PATH: &str = "names with a protocol or 'json:' are not followed; give a resolver or the storage";
 
 /// Opens a regular file or block device. A FIFO or device of another kind neither hangs nor passes.
@@ -76,10 +78,7 @@ impl Folder {
                 if path.components().any(|c| matches!(c, Component::RootDir)) {
                     return Err(denied(NOT_BELOW));
                 }
-                open_beneath(root, &path).map_err(|e| match e {
-                    Error::Io { errno: libc::EXDEV | libc::ELOOP, .. } => denied(NOT_BELOW),
-                    e => e,
-                })?
+                open_beneath(root, &path).map_err(|e| hint_for(&e).map_or(e, denied))?
             }
             (_, None) if path.is_relative() => return Err(denied(NO_FOLDER)),
             (_, None) => open_file(&path, false)?,
@@ -87,6 +86,16 @@ impl Folder {
         };
         self.below = path.parent().map(Path::to_path_buf).unwrap_or_default();
         Ok(Arc::new(storage))
+    }
+}
+
+/// What to say of a refusal by the kernel, beyond its error number.
+fn hint_for(error: &Error) -> Option<&'static str> {
+    match error {
+        Error::Io { op: IoOp::Open, errno: libc::EXDEV | libc::ELOOP, .. } => Some(NOT_BELOW),
+        // Opening for reading gives neither of itself; seccomp filters give one or the other.
+        Error::Io { op: IoOp::Open, errno: libc::ENOSYS | libc::EPERM, .. } => Some(NO_OPENAT2),
+        _ => None,
     }
 }
 
@@ -122,6 +131,23 @@ fn open_beneath(root: &Path, path: &Path) -> Result<FileStorage> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_by_the_kernel_is_explained() {
+        let hint = |errno| hint_for(&Error::Io { op: IoOp::Open, offset: 0, errno });
+        for (errno, part) in [
+            (libc::EXDEV, "leads out of"),
+            (libc::ELOOP, "leads out of"),
+            (libc::ENOSYS, "openat2"),
+            (libc::EPERM, "openat2"),
+        ] {
+            let hint = hint(errno).unwrap();
+            let text = Error::BackingDenied { name: "base.raw".to_owned(), hint }.to_string();
+            assert!(text.contains("base.raw") && text.contains(part), "{text}");
+        }
+        assert_eq!((hint(libc::ENOENT), hint(libc::EACCES)), (None, None), "the number says it all");
+        assert_eq!(hint_for(&Error::ReadOnly), None);
+    }
 
     #[test]
     fn protocols_are_told_from_paths() {
