@@ -7,12 +7,14 @@
 pub mod epoch;
 pub mod find;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Mutex;
+use std::task::Poll;
 
 use crate::error::Result;
-use crate::format::{Geometry, Host, HostCluster, HostOffset};
+use crate::format::{Geometry, GuestCluster, Host, HostCluster, HostOffset};
 use crate::storage::Io;
 use crate::tables::Tables;
 use crate::tables::refcounts::Refcounts;
@@ -27,6 +29,7 @@ struct Released {
     clusters: Range<u64>,
     change: u64,
     epoch: u64,
+    overwrites: u64,
 }
 
 /// The allocator of one image.
@@ -34,7 +37,12 @@ struct Released {
 pub struct Allocator {
     /// Requests under way.
     pub epochs: Epochs,
+    /// Writes into clusters that are ours, from their lookup to the end of their I/O. They take no claim and, inside
+    /// of this, wait for none: others may wait for them.
+    pub overwrites: Epochs,
     released: Mutex<VecDeque<Released>>,
+    /// Guest clusters whose host cluster stayed when some of its data was dropped, and the epoch of `overwrites` then.
+    dropped: Mutex<HashMap<GuestCluster, u64>>,
 }
 
 /// Clusters that are counted but in no table yet. Dropping it gives back those that were not linked.
@@ -108,8 +116,40 @@ impl Allocator {
     /// Takes back one reference to each cluster once that is safe. The entry that held it has been replaced in memory
     /// already; `change` is the number of that change.
     pub fn release(&self, clusters: Range<u64>, change: u64) {
-        let epoch = self.epochs.removed_at();
-        lock(&self.released).push_back(Released { clusters, change, epoch });
+        let (epoch, overwrites) = (self.epochs.removed_at(), self.overwrites.removed_at());
+        lock(&self.released).push_back(Released { clusters, change, epoch, overwrites });
+    }
+
+    /// Notes guest clusters that keep their host cluster although their entries have just stopped showing some of the
+    /// data in it. The caller holds the claim on them.
+    pub fn note_dropped(&self, clusters: impl Iterator<Item = GuestCluster>) {
+        let mut clusters = clusters.peekable();
+        if clusters.peek().is_some() {
+            let epoch = self.overwrites.removed_at();
+            let mut dropped = lock(&self.dropped);
+            dropped.retain(|_, &mut at| !self.overwrites.has_passed(at));
+            dropped.extend(clusters.map(|cluster| (cluster, epoch)));
+        }
+    }
+
+    /// Waits until nobody can still be overwriting data that was dropped in these clusters: what is written there from
+    /// now on stays. The caller holds the claim on them. Rare and short, so nobody is woken: it asks again and again.
+    pub async fn overwrites_done(&self, clusters: impl Iterator<Item = GuestCluster>) {
+        let latest = {
+            let dropped = lock(&self.dropped);
+            clusters.filter_map(|cluster| dropped.get(&cluster).copied()).max()
+        };
+        let Some(epoch) = latest else { return };
+        poll_fn(|context| {
+            self.overwrites.advance();
+            if self.overwrites.has_passed(epoch) {
+                return Poll::Ready(());
+            }
+            context.waker().wake_by_ref();
+            std::thread::yield_now();
+            Poll::Pending
+        })
+        .await;
     }
 
     /// Whether so much waits for a flush that one should be made.
@@ -121,10 +161,12 @@ impl Allocator {
     /// those that become free: after that they may be handed out again at any moment (scenario D11).
     pub async fn settle<I: Io>(&self, io: &I, tables: &Tables, punch: bool) -> Result<()> {
         self.epochs.advance();
+        self.overwrites.advance();
         let durable = tables.order.durable_through();
         let mut ready = tables.refcounts.with(|state| std::mem::take(&mut state.give_back));
         lock(&self.released).retain(|r| {
-            let safe = r.change <= durable && self.epochs.has_passed(r.epoch);
+            let unused = self.epochs.has_passed(r.epoch) && self.overwrites.has_passed(r.overwrites);
+            let safe = r.change <= durable && unused;
             if safe {
                 ready.extend(r.clusters.clone().map(HostCluster));
             }

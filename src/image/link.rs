@@ -17,6 +17,8 @@ pub(super) struct Change {
     pub(super) state: ClusterState,
     /// What the old entry referred to, if the new one does not.
     pub(super) released: Host,
+    /// The host cluster stays, but some of the data in it is dropped.
+    pub(super) drops_data: bool,
 }
 
 impl Image {
@@ -47,6 +49,8 @@ impl Image {
         }
         let number = tables.order.number_change();
         reservation.keep();
+        let dropped = changes.iter().filter(|c| c.drops_data);
+        self.allocator.note_dropped(dropped.map(|c| geometry.guest_cluster(c.cluster_at)));
         for change in changes.iter().filter(|c| c.released != Host::None) {
             self.allocator.release(clusters_of(geometry, change.released), number);
         }

@@ -79,11 +79,14 @@ impl Image {
         length: u64,
     ) -> Result<bool> {
         let tables = self.active();
-        let _pin = self.allocator.epochs.pin();
-        if let Some(host) = tables.mapped(offset, length, true) {
-            tables.file.write(io, pieces, host).await?;
-            return Ok(false);
+        {
+            let _overwriting = self.allocator.overwrites.pin();
+            if let Some(host) = tables.mapped(offset, length, true) {
+                tables.file.write(io, pieces, host).await?;
+                return Ok(false);
+            }
         }
+        let _pin = self.allocator.epochs.pin();
         self.write_pieces(io, pieces, offset, length).await
     }
 
@@ -98,8 +101,10 @@ impl Image {
         let mut cursor = PieceCursor::new(pieces);
         let (mut at, mut left, mut allocated) = (offset, length, false);
         while left > 0 {
+            let overwriting = self.allocator.overwrites.pin();
             let n = match tables.run_in_place(at, left)? {
                 Found::Miss(slice) => {
+                    drop(overwriting);
                     tables.load_slice(io, slice).await?;
                     continue;
                 }
@@ -112,6 +117,7 @@ impl Image {
                     n
                 }
                 Found::Hit(None) => {
+                    drop(overwriting);
                     let n = split(tables.geometry, at, left);
                     self.write_allocating(io, cursor.take(n), at, n).await?;
                     allocated = true;
@@ -136,6 +142,9 @@ impl Image {
         let _claim = self.claim_clusters(at, length).await;
         self.own_l2_table(io, tables.geometry.l1_index(at)).await?;
         let mut steps = plan_steps(io, tables, at, length).await?;
+        // What is filled up in a cluster of our own must not be hit by a write from before it was zeroed there.
+        let filled = steps.iter().filter(|s| s.plan.target != Target::New && s.plan.next.is_some());
+        self.allocator.overwrites_done(filled.map(|s| tables.geometry.guest_cluster(s.cluster_at))).await;
         let new = steps.iter().filter(|s| s.plan.target == Target::New).count() as u64;
         let reservation = self.allocator.reserve(io, tables, new).await?;
         assign_hosts(&mut steps, &reservation);
@@ -223,7 +232,7 @@ impl Image {
             let host = Host::Cluster { cluster: step.host, copied: true };
             let state = ClusterState { host, alloc: bits.alloc, zero: bits.zero };
             let released = if step.plan.releases_old { step.old.host } else { Host::None };
-            Some(Change { cluster_at: step.cluster_at, state, released })
+            Some(Change { cluster_at: step.cluster_at, state, released, drops_data: false })
         });
         self.link_changes(io, changes.collect(), reservation).await
     }

@@ -254,5 +254,6 @@ impl Image {
 }
 
 fn change(cluster_at: GuestOffset, old: ClusterState, new: ClusterState, releases: bool) -> Change {
-    Change { cluster_at, state: new, released: if releases { old.host } else { Host::None } }
+    let drops_data = !releases && old.alloc & !new.alloc != 0;
+    Change { cluster_at, state: new, released: if releases { old.host } else { Host::None }, drops_data }
 }
