@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use qcow2::error::{CorruptionKind, Error};
 use qcow2::image::{CreateOptions, Image, OpenOptions};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::{Blocking, Storage};
@@ -32,4 +33,123 @@ fn a_refcount_cache_smaller_than_the_full_blocks_does_not_stop_the_allocator() {
         done.send(()).unwrap();
     });
     finished.recv_timeout(Duration::from_secs(20)).expect("the allocator found a free cluster");
+}
+
+/// An image of 4 KiB clusters whose first guest cluster holds ones, and a word of it.
+fn sample() -> Vec<u8> {
+    let storage = Arc::new(MemoryStorage::default());
+    let mut options = CreateOptions::default();
+    options.set("cluster_size", "4k").unwrap();
+    qcow2::wait::block_on(qcow2::image::create_with(&Blocking, &*storage, 1 << 20, &options)).unwrap();
+    let image = Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap();
+    image.pwrite(&[1; 4096], 0).unwrap();
+    image.close().unwrap();
+    storage.snapshot()
+}
+
+fn word(bytes: &[u8], at: u64) -> u64 {
+    u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap())
+}
+
+/// Puts `value` at `at` and opens the image.
+fn damaged(mut bytes: Vec<u8>, at: u64, value: u64) -> (Arc<MemoryStorage>, Image) {
+    bytes[at as usize..][..8].copy_from_slice(&value.to_be_bytes());
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let image = Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap();
+    (storage, image)
+}
+
+/// Expects corruption of a kind at a place, and the image to be marked.
+#[track_caller]
+fn found(result: Result<(), Error>, kind: CorruptionKind, host_offset: u64, storage: &MemoryStorage) {
+    match result {
+        Err(Error::Corrupt(c)) => assert_eq!((c.kind, c.host_offset), (kind, host_offset)),
+        other => panic!("{kind:?} is not found: {other:?}"),
+    }
+    assert_eq!(word(&storage.snapshot(), 72), 2, "the corrupt bit");
+}
+
+/// An L1 entry of nothing but COPIED was taken for an L2 table at host offset 0: the guest read through the header.
+#[test]
+fn an_l1_entry_of_copied_alone_is_no_l2_table_in_the_header() {
+    let bytes = sample();
+    let l1 = word(&bytes, 40);
+    let (storage, image) = damaged(bytes.clone(), l1, 1 << 63);
+    found(image.pread(&mut [0], 0), CorruptionKind::CopiedWithoutTable, l1, &storage);
+    let (storage, image) = damaged(bytes, l1, 1 << 63);
+    found(image.pwrite(&[0], 0), CorruptionKind::CopiedWithoutTable, l1, &storage);
+}
+
+/// With a damaged L2 entry, a guest's write overwrote the header, the L1 or the refcount table in place; without
+/// COPIED, what was replaced was released and punched, which emptied them as well.
+#[test]
+fn guest_writes_do_not_reach_the_header_and_the_tables() {
+    let bytes = sample();
+    let table = word(&bytes, word(&bytes, 40)) & !(1 << 63);
+    for copied in [1 << 63, 0] {
+        for target in [word(&bytes, 40), word(&bytes, 48)] {
+            let (storage, image) = damaged(bytes.clone(), table, target | copied);
+            let before = storage.snapshot();
+            found(image.pwrite(&[7; 512], 0), CorruptionKind::ClusterInMetadata, table, &storage);
+            drop(image);
+            assert!(storage.snapshot()[80..] == before[80..], "more than the corrupt bit was written");
+        }
+    }
+    // A compressed cluster in the header.
+    let (storage, image) = damaged(bytes, table, 1 << 62 | 512);
+    found(image.pwrite(&[7; 4096], 0), CorruptionKind::ClusterInMetadata, table, &storage);
+}
+
+/// An L2 table in the refcount table: linking a new cluster overwrote refcount table entries.
+#[test]
+fn l2_entries_are_not_written_into_other_tables() {
+    let bytes = sample();
+    let (l1, refcount_table) = (word(&bytes, 40), word(&bytes, 48));
+    let (storage, image) = damaged(bytes, l1, refcount_table | 1 << 63);
+    found(image.pwrite(&[7], 1 << 16), CorruptionKind::L2TableInMetadata, l1, &storage);
+    assert_eq!(word(&storage.snapshot(), refcount_table + 16 * 8), 0);
+}
+
+/// A refcount table entry past 2^63 was read at that offset: each write failed with EINVAL, and nobody knew why.
+#[test]
+fn a_refcount_block_at_an_impossible_offset_is_corruption() {
+    let bytes = sample();
+    let refcount_table = word(&bytes, 48);
+    for offset in [1 << 63, !0xfff, (1 << 63) - 4096, 1 << 56] {
+        // A file, as memory has no largest offset.
+        let path = std::env::temp_dir().join(format!("libqcow2-impossible-{}", std::process::id()));
+        let mut bytes = bytes.clone();
+        bytes[refcount_table as usize..][..8].copy_from_slice(&u64::to_be_bytes(offset));
+        std::fs::write(&path, bytes).unwrap();
+        let image = Image::open(&path, &OpenOptions::default()).unwrap();
+        let result = image.pwrite(&[7], 1 << 16);
+        let storage = MemoryStorage::new(std::fs::read(&path).unwrap());
+        std::fs::remove_file(path).unwrap();
+        found(result, CorruptionKind::RefcountBlockBeyondEof, refcount_table, &storage);
+    }
+}
+
+/// Where metadata was counted as free without a refcount block, the error named host offset 0.
+#[test]
+fn metadata_without_a_refcount_block_is_named_by_the_table_entry() {
+    let bytes = sample();
+    let refcount_table = word(&bytes, 48);
+    let (storage, image) = damaged(bytes.clone(), refcount_table, 0);
+    found(image.pwrite(&[7], 1 << 16), CorruptionKind::MetadataCountedFree, refcount_table, &storage);
+    // And with a block, by the count.
+    let block = word(&bytes, refcount_table);
+    let (storage, image) = damaged(bytes, block, 0x0001_0000_0001_0001);
+    found(image.pwrite(&[7], 1 << 16), CorruptionKind::MetadataCountedFree, block + 2, &storage);
+}
+
+/// Corruption that only closing came upon was reported, but the image was not marked.
+#[test]
+fn corruption_found_by_close_marks_the_image() {
+    let bytes = sample();
+    let block = word(&bytes, word(&bytes, 48));
+    let table = word(&bytes, word(&bytes, 40)) & !(1 << 63);
+    // A compressed cluster in host cluster 100, which is counted 0 times: only its release comes upon that.
+    let (storage, image) = damaged(bytes, table, 1 << 62 | 100 << 12);
+    image.pwrite(&[7; 4096], 0).unwrap();
+    found(image.close(), CorruptionKind::RefcountUnderflow, block + 200, &storage);
 }

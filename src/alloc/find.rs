@@ -18,9 +18,7 @@ pub fn take(state: &mut RefcountState, want: u64) -> Result<std::result::Result<
         Ok(run) => run,
         Err(need) => return Ok(Err(need)),
     };
-    if state.overlaps_metadata(&run) {
-        return Err(state.corrupt(CorruptionKind::MetadataCountedFree, HostCluster(run.start)));
-    }
+    check_free(state, run.clone())?;
     for cluster in run.clone() {
         if let Err(need) = state.set(HostCluster(cluster), 1) {
             return Ok(Err(need));
@@ -121,7 +119,9 @@ fn grow_table(state: &mut RefcountState, index: u64) -> Result<()> {
 /// Refuses clusters that hold metadata, whatever their counts say.
 pub fn check_free(state: &RefcountState, run: Range<u64>) -> Result<()> {
     if state.overlaps_metadata(&run) {
-        return Err(state.corrupt(CorruptionKind::MetadataCountedFree, HostCluster(run.start)));
+        let culprit = run.clone().find(|&cluster| state.overlaps_metadata(&(cluster..cluster + 1)));
+        let culprit = HostCluster(culprit.unwrap_or(run.start));
+        return Err(state.corrupt(CorruptionKind::MetadataCountedFree, culprit));
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use std::sync::Mutex;
 use std::task::Poll;
 
 use crate::error::Result;
-use crate::format::{Geometry, GuestCluster, Host, HostCluster, HostOffset};
+use crate::format::{GuestCluster, HostCluster, HostOffset};
 use crate::storage::Io;
 use crate::tables::Tables;
 use crate::tables::refcounts::Refcounts;
@@ -81,18 +81,6 @@ impl Drop for Reservation<'_> {
                 }
             }
         });
-    }
-}
-
-/// Host clusters that an entry refers to.
-pub fn clusters_of(geometry: Geometry, host: Host) -> Range<u64> {
-    match host {
-        Host::None => 0..0,
-        Host::Cluster { cluster, .. } => cluster.0..cluster.0 + 1,
-        Host::Compressed(extent) => {
-            let last = extent.offset.plus(extent.length_bytes - 1);
-            geometry.host_cluster(extent.offset).0..geometry.host_cluster(last).0 + 1
-        }
     }
 }
 

@@ -4,6 +4,8 @@
 //! A standard cluster is a cluster of ONE subcluster here: its zero flag becomes `zero` bit 0, a host cluster without
 //! the flag becomes `alloc` bit 0. Everything above works on the two masks and has no second case.
 
+use std::ops::Range;
+
 use super::geometry::Geometry;
 use super::units::{HostCluster, HostOffset};
 use crate::error::CorruptionKind;
@@ -46,6 +48,20 @@ pub enum Host {
     Compressed(CompressedExtent),
 }
 
+impl Host {
+    /// Host clusters that an entry refers to.
+    pub fn clusters(self, geometry: Geometry) -> Range<u64> {
+        match self {
+            Self::None => 0..0,
+            Self::Cluster { cluster, .. } => cluster.0..cluster.0 + 1,
+            Self::Compressed(extent) => {
+                let last = extent.offset.plus(extent.length_bytes - 1);
+                geometry.host_cluster(extent.offset).0..geometry.host_cluster(last).0 + 1
+            }
+        }
+    }
+}
+
 /// The sectors that a compressed cluster may occupy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CompressedExtent {
@@ -80,7 +96,10 @@ pub fn decode_l1(entry: u64, geometry: Geometry) -> Result<(HostOffset, bool), C
     if offset & (geometry.cluster_size_bytes() - 1) != 0 {
         return Err(CorruptionKind::L2TableUnaligned);
     }
-    Ok((HostOffset(offset), entry & COPIED != 0 && offset != 0))
+    if offset == 0 && entry & COPIED != 0 {
+        return Err(CorruptionKind::CopiedWithoutTable); // taken for an offset, it would make the header an L2 table
+    }
+    Ok((HostOffset(offset), entry & COPIED != 0))
 }
 
 /// An L1 entry for an L2 table that belongs to the active state alone.
@@ -186,6 +205,7 @@ mod tests {
         assert_eq!(L2Entry { descriptor: 1, bitmap: 0 }.decode(v2), Err(CorruptionKind::ZeroFlagInV2));
         assert_eq!(decode_l1(0x50200, STD), Err(CorruptionKind::L2TableUnaligned));
         assert_eq!(decode_l1(0x50001, STD), Err(CorruptionKind::L1EntryReservedBits));
+        assert_eq!(decode_l1(COPIED, STD), Err(CorruptionKind::CopiedWithoutTable));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! L2 entries are written.
 
 use super::Image;
-use crate::alloc::{Reservation, clusters_of};
+use crate::alloc::Reservation;
 use crate::error::Result;
 use crate::format::{ClusterState, GuestOffset, Host, L2Entry};
 use crate::storage::Io;
@@ -52,7 +52,7 @@ impl Image {
         let dropped = changes.iter().filter(|c| c.drops_data);
         self.allocator.note_dropped(dropped.map(|c| geometry.guest_cluster(c.cluster_at)));
         for change in changes.iter().filter(|c| c.released != Host::None) {
-            self.allocator.release(clusters_of(geometry, change.released), number);
+            self.allocator.release(change.released.clusters(geometry), number);
         }
         Ok(())
     }

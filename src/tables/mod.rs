@@ -7,11 +7,11 @@ pub mod l2;
 pub mod order;
 pub mod refcounts;
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::l2::{COPIED, decode_l1};
-use crate::format::{ClusterState, Geometry, GuestOffset, Header, Host, HostOffset, L1Index, SliceIndex};
+use crate::format::{ClusterState, Geometry, GuestOffset, Header, Host, HostCluster, HostOffset, L1Index, SliceIndex};
 use crate::plan::Span;
 use crate::plan::read::{Run, Source, continues, plain_data, run_at};
 use crate::storage::{Io, IoDst};
@@ -52,6 +52,22 @@ pub struct Tables {
     pub order: Order,
     slice_loads: Claims,
     size_bytes: u64,
+    metadata: [Range<u64>; 4], // host clusters that no L1 or L2 entry may point to, as they were at open
+}
+
+/// Clusters of the header and of what it points to. (Of the snapshot table, whose length it does not tell, the first.)
+fn metadata_clusters(header: &Header) -> [Range<u64>; 4] {
+    let geometry = header.geometry;
+    let range = |at: HostOffset, clusters: u64| {
+        let first = geometry.host_cluster(at).0;
+        first..first + clusters
+    };
+    [
+        0..1,
+        range(header.l1_offset, geometry.clusters_for(u64::from(header.l1_entries) * 8)),
+        range(header.refcount_table_offset, u64::from(header.refcount_table_clusters)),
+        range(header.snapshots_offset, u64::from(header.snapshots > 0)),
+    ]
 }
 
 impl Tables {
@@ -71,6 +87,7 @@ impl Tables {
             order: Order::default(),
             slice_loads: Claims::default(),
             size_bytes: header.size_bytes,
+            metadata: metadata_clusters(header),
             file,
             l1,
         })
@@ -97,7 +114,7 @@ impl Tables {
         let index = geometry.entry_in_slice(offset);
         let entry = self.l2.look(geometry.slice_index(offset), |view| view.entry(index))?;
         let state = entry.decode(geometry).ok()?;
-        if in_place && !matches!(state.host, Host::Cluster { copied: true, .. }) {
+        if in_place && !self.is_ours(&state) {
             return None;
         }
         plain_data(geometry, state, Span { start, end: start + length })
@@ -122,14 +139,25 @@ impl Tables {
         if !ours {
             return Ok(Found::Hit(None));
         }
-        let is_ours = |state: &ClusterState| matches!(state.host, Host::Cluster { copied: true, .. });
-        Ok(match self.scan(offset, max, is_ours)? {
+        Ok(match self.scan(offset, max, |state| self.is_ours(state))? {
             Found::Miss(slice) => Found::Miss(slice),
             Found::Hit(Run { source: Source::Data(host), length_bytes }) if length_bytes > 0 => {
                 Found::Hit(Some((host, length_bytes)))
             }
             Found::Hit(_) => Found::Hit(None),
         })
+    }
+
+    /// Whether data may be written into the host cluster, as far as its entry tells: in-place writes must not reach the
+    /// header or the tables, wherever a damaged entry points.
+    #[inline]
+    fn is_ours(&self, state: &ClusterState) -> bool {
+        matches!(state.host, Host::Cluster { cluster, copied: true } if !self.is_metadata(cluster))
+    }
+
+    #[inline]
+    fn is_metadata(&self, cluster: HostCluster) -> bool {
+        self.metadata.iter().any(|range| range.contains(&cluster.0))
     }
 
     fn missing_tables(&self, first: L1Index, offset: GuestOffset, max: u64) -> Run {
@@ -174,8 +202,8 @@ impl Tables {
         }
     }
 
-    /// State of the cluster that `offset` lies in, whose L2 table must exist. COPIED only counts if that table is
-    /// ours as well.
+    /// State of the cluster that `offset` lies in, for a write; its L2 table must exist. COPIED only counts if that
+    /// table is ours as well.
     pub fn state(&self, offset: GuestOffset) -> Result<Found<ClusterState>> {
         let (_, ours) = self.table(self.geometry.l1_index(offset))?;
         let slice = self.geometry.slice_index(offset);
@@ -183,6 +211,10 @@ impl Tables {
         let Some(entry) = entry else { return Ok(Found::Miss(slice)) };
         let mut state =
             entry.decode(self.geometry).map_err(|kind| self.corrupt_entry(kind, offset, entry.descriptor))?;
+        // Not only where it would be overwritten: what a write replaces is released, and perhaps punched.
+        if state.host.clusters(self.geometry).any(|cluster| self.is_metadata(HostCluster(cluster))) {
+            return Err(self.corrupt_entry(CorruptionKind::ClusterInMetadata, offset, entry.descriptor));
+        }
         if let Host::Cluster { copied, .. } = &mut state.host {
             *copied &= ours;
         }
@@ -193,7 +225,13 @@ impl Tables {
     #[inline]
     pub fn table(&self, index: L1Index) -> Result<(HostOffset, bool)> {
         let entry = self.l1.get(index);
-        decode_l1(entry, self.geometry).map_err(|kind| {
+        let decoded = decode_l1(entry, self.geometry).and_then(|(table, ours)| {
+            // Not the snapshot table: if that is where something is wrong, the disk can still be read.
+            let cluster = self.geometry.host_cluster(table).0;
+            let in_metadata = table.0 != 0 && self.metadata[..3].iter().any(|range| range.contains(&cluster));
+            if in_metadata { Err(CorruptionKind::L2TableInMetadata) } else { Ok((table, ours)) }
+        });
+        decoded.map_err(|kind| {
             let guest_offset = Some(index.0 * self.geometry.l2_table_covers_bytes());
             let host_offset = self.l1.entry_offset(index).0;
             Error::Corrupt(Corruption { kind, host_offset, guest_offset, value: entry })

@@ -17,6 +17,8 @@ use crate::wait::{Claims, lock};
 
 /// Bits of a refcount table entry that are not an offset.
 const TABLE_RESERVED: u64 = 0x1ff;
+/// Host offsets have 56 bits in the entries of the other tables, and so in all files.
+const HOST_BITS: u32 = 56;
 /// Largest refcount table, in bytes (QEMU's limit, so that it can open what we grow).
 pub const TABLE_BYTES_MAX: u64 = 8 << 20;
 /// Blocks that may be cached whatever the budget is: growing touches two at once.
@@ -168,8 +170,11 @@ impl RefcountState {
 
     /// The error for a cluster whose count is wrong.
     pub fn corrupt(&self, kind: CorruptionKind, cluster: HostCluster) -> Error {
-        let (index, _) = self.split(cluster);
-        let host_offset = self.table.get(index as usize).copied().unwrap_or(0);
+        let (index, entry) = self.split(cluster);
+        let host_offset = match self.table.get(index as usize).copied().unwrap_or(0) {
+            0 => self.table_offset.0 + index * 8, // there is no block: what is wrong is its entry in the table
+            block => block + refcount::byte_range(self.geometry.refcount_order, entry).start as u64,
+        };
         let value = self.geometry.host_offset(cluster).0;
         Error::Corrupt(Corruption { kind, host_offset, guest_offset: None, value })
     }
@@ -316,6 +321,9 @@ impl Refcounts {
         }
         let corrupt =
             |kind| Error::Corrupt(Corruption { kind, host_offset: entry_offset, guest_offset: None, value: entry });
+        if entry >> HOST_BITS != 0 {
+            return Err(corrupt(CorruptionKind::RefcountBlockBeyondEof)); // no file is asked for offsets like that
+        }
         // Counts are never written over the header or a table, whatever the entry says.
         let misplaced = entry == 0 || in_table || entry & (geometry.cluster_size_bytes() - 1) != 0;
         if misplaced || entry & TABLE_RESERVED != 0 {
