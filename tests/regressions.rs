@@ -153,3 +153,27 @@ fn corruption_found_by_close_marks_the_image() {
     image.pwrite(&[7; 4096], 0).unwrap();
     found(image.close(), CorruptionKind::RefcountUnderflow, block + 200, &storage);
 }
+
+/// Clusters that the refcount table had left were still taken for metadata once they held something else.
+#[test]
+fn the_place_that_a_refcount_table_has_left_is_used_again() {
+    let storage = Arc::new(MemoryStorage::default());
+    let mut options = CreateOptions::default();
+    options.set("cluster_size", "512").unwrap();
+    options.set("refcount_bits", "64").unwrap();
+    let size = 8u64 << 20;
+    qcow2::wait::block_on(qcow2::image::create_with(&Blocking, &*storage, size, &options)).unwrap();
+    let before = storage.snapshot();
+    let image = Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap();
+    for round in 1..=3u8 {
+        for at in (0..size - (1 << 20) * u64::from(4 - round)).step_by(1 << 16) {
+            image.pwrite(&vec![round; 1 << 16], at).unwrap();
+        }
+        image.flush().unwrap();
+    }
+    image.close().unwrap();
+    let (after, old_table) = (storage.snapshot(), word(&before, 48));
+    assert_ne!(word(&after, 48), old_table, "the table was to move");
+    let place = old_table as usize..old_table as usize + 512;
+    assert_ne!(after[place.clone()], before[place], "the place was to be used again");
+}

@@ -52,7 +52,7 @@ pub struct Tables {
     pub order: Order,
     slice_loads: Claims,
     size_bytes: u64,
-    metadata: [Range<u64>; 4], // host clusters that no L1 or L2 entry may point to, as they were at open
+    metadata: [Range<u64>; 4], // host clusters that no L1 or L2 entry may point to; see is_metadata
 }
 
 /// Clusters of the header and of what it points to. (Of the snapshot table, whose length it does not tell, the first.)
@@ -65,8 +65,8 @@ fn metadata_clusters(header: &Header) -> [Range<u64>; 4] {
     [
         0..1,
         range(header.l1_offset, geometry.clusters_for(u64::from(header.l1_entries) * 8)),
-        range(header.refcount_table_offset, u64::from(header.refcount_table_clusters)),
         range(header.snapshots_offset, u64::from(header.snapshots > 0)),
+        range(header.refcount_table_offset, u64::from(header.refcount_table_clusters)),
     ]
 }
 
@@ -155,9 +155,12 @@ impl Tables {
         matches!(state.host, Host::Cluster { cluster, copied: true } if !self.is_metadata(cluster))
     }
 
+    /// Whether a cluster is the header's, the L1, refcount or snapshot table's. Once the refcount table has moved, its
+    /// old clusters are no longer, and the new ones are not known here.
     #[inline]
     fn is_metadata(&self, cluster: HostCluster) -> bool {
-        self.metadata.iter().any(|range| range.contains(&cluster.0))
+        let found = self.metadata.iter().position(|range| range.contains(&cluster.0));
+        found.is_some_and(|index| index < 3 || !self.refcounts.has_moved())
     }
 
     fn missing_tables(&self, first: L1Index, offset: GuestOffset, max: u64) -> Run {
@@ -226,10 +229,14 @@ impl Tables {
     pub fn table(&self, index: L1Index) -> Result<(HostOffset, bool)> {
         let entry = self.l1.get(index);
         let decoded = decode_l1(entry, self.geometry).and_then(|(table, ours)| {
+            let cluster = self.geometry.host_cluster(table);
             // Not the snapshot table: if that is where something is wrong, the disk can still be read.
-            let cluster = self.geometry.host_cluster(table).0;
-            let in_metadata = table.0 != 0 && self.metadata[..3].iter().any(|range| range.contains(&cluster));
-            if in_metadata { Err(CorruptionKind::L2TableInMetadata) } else { Ok((table, ours)) }
+            let in_snapshots = self.metadata[2].contains(&cluster.0);
+            if table.0 != 0 && !in_snapshots && self.is_metadata(cluster) {
+                Err(CorruptionKind::L2TableInMetadata)
+            } else {
+                Ok((table, ours))
+            }
         });
         decoded.map_err(|kind| {
             let guest_offset = Some(index.0 * self.geometry.l2_table_covers_bytes());

@@ -7,6 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::file::HostFile;
 use super::l1::L1Table;
@@ -66,6 +67,7 @@ pub struct RefcountState {
 pub struct Refcounts {
     state: Mutex<RefcountState>,
     loads: Claims,
+    has_moved: AtomicBool,
 }
 
 /// Parts of refcount blocks and of the table, taken for writing.
@@ -271,7 +273,12 @@ impl Refcounts {
             hint: HostCluster(0),
             run_hint: HostCluster(0),
         };
-        Self { state: Mutex::new(state), loads: Claims::default() }
+        Self { state: Mutex::new(state), loads: Claims::default(), has_moved: AtomicBool::new(false) }
+    }
+
+    /// Whether the table has left the place where it was at open. Its clusters there may then hold anything.
+    pub fn has_moved(&self) -> bool {
+        self.has_moved.load(Ordering::Acquire)
     }
 
     /// Runs `f` on the state; nothing in it may wait.
@@ -384,6 +391,8 @@ impl Refcounts {
             }
             let retired = taken.retired;
             if succeeded {
+                // Before anybody can be handed the old clusters.
+                self.has_moved.fetch_or(!retired.is_empty(), Ordering::AcqRel);
                 s.give_back.extend(retired.into_iter().flatten().map(HostCluster));
             } else {
                 s.dirty_sectors.extend(taken.table.iter().map(|(sector, _)| *sector));
