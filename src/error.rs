@@ -48,8 +48,6 @@ pub enum CorruptionKind {
     L2TableUnaligned,
     /// An L1 entry points past the end of the file.
     L2TableBeyondEof,
-    /// An L1 entry says COPIED without an L2 table.
-    CopiedWithoutTable,
     /// An L1 entry points to a cluster that the header, the L1, refcount or snapshot table occupies.
     L2TableInMetadata,
     /// An L2 entry has reserved bits set.
@@ -89,7 +87,6 @@ impl CorruptionKind {
             Self::L1EntryReservedBits => "L1 entry has reserved bits set",
             Self::L2TableUnaligned => "L1 entry points to an L2 table that is not aligned to a cluster",
             Self::L2TableBeyondEof => "L1 entry points to an L2 table past the end of the file",
-            Self::CopiedWithoutTable => "L1 entry has the COPIED flag and no L2 table",
             Self::L2TableInMetadata => "L1 entry points to an L2 table in a cluster that other metadata occupies",
             Self::L2EntryReservedBits => "L2 entry has reserved bits set",
             Self::ClusterUnaligned => "L2 entry has a host offset that is not aligned to a cluster",
@@ -103,7 +100,9 @@ impl CorruptionKind {
             }
             Self::CompressedData => "compressed cluster does not decompress to one cluster of data",
             Self::CompressedBeyondEof => "compressed cluster lies past the end of the file",
-            Self::RefcountTableEntry => "refcount table entry is not a cluster-aligned offset outside of other metadata",
+            Self::RefcountTableEntry => {
+                "refcount table entry is not a cluster-aligned offset outside of other metadata"
+            }
             Self::RefcountBlockBeyondEof => "refcount table entry points to a block past the end of the file",
             Self::RefcountUnderflow => "cluster has more references than its refcount says",
             Self::MetadataCountedFree => "cluster that holds metadata is counted as free",

@@ -275,7 +275,7 @@ fn counts_are_not_written_over_a_table() {
     assert_eq!(kind(&error), Some(CorruptionKind::RefcountTableEntry), "{error}");
 }
 
-/// A data entry that points into the L1 table, discarded: the file gave up the L1 table. And once an image is known
+/// A data entry that points to a refcount block, discarded: the file gave up the block. And once an image is known
 /// to be corrupt, nothing more is given up at all.
 #[test]
 fn metadata_is_never_punched() {
@@ -286,7 +286,7 @@ fn metadata_is_never_punched() {
     image.close().unwrap();
     let header = block_on(load_header(&Blocking, &*storage)).unwrap();
     let l2 = word(&*storage, header.l1_offset.0) & !COPIED;
-    put(&*storage, l2, header.l1_offset.0 | COPIED);
+    put(&*storage, l2, word(&*storage, header.refcount_table_offset.0) | COPIED);
     let image = open(&storage).unwrap();
     image.discard(0, 64 << 10).unwrap();
     let error = image.flush().unwrap_err();

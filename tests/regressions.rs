@@ -69,17 +69,6 @@ fn found(result: Result<(), Error>, kind: CorruptionKind, host_offset: u64, stor
     assert_eq!(word(&storage.snapshot(), 72), 2, "the corrupt bit");
 }
 
-/// An L1 entry of nothing but COPIED was taken for an L2 table at host offset 0: the guest read through the header.
-#[test]
-fn an_l1_entry_of_copied_alone_is_no_l2_table_in_the_header() {
-    let bytes = sample();
-    let l1 = word(&bytes, 40);
-    let (storage, image) = damaged(bytes.clone(), l1, 1 << 63);
-    found(image.pread(&mut [0], 0), CorruptionKind::CopiedWithoutTable, l1, &storage);
-    let (storage, image) = damaged(bytes, l1, 1 << 63);
-    found(image.pwrite(&[0], 0), CorruptionKind::CopiedWithoutTable, l1, &storage);
-}
-
 /// With a damaged L2 entry, a guest's write overwrote the header, the L1 or the refcount table in place; without
 /// COPIED, what was replaced was released and punched, which emptied them as well.
 #[test]

@@ -96,10 +96,7 @@ pub fn decode_l1(entry: u64, geometry: Geometry) -> Result<(HostOffset, bool), C
     if offset & (geometry.cluster_size_bytes() - 1) != 0 {
         return Err(CorruptionKind::L2TableUnaligned);
     }
-    if offset == 0 && entry & COPIED != 0 {
-        return Err(CorruptionKind::CopiedWithoutTable); // taken for an offset, it would make the header an L2 table
-    }
-    Ok((HostOffset(offset), entry & COPIED != 0))
+    Ok((HostOffset(offset), entry & COPIED != 0 && offset != 0))
 }
 
 /// An L1 entry for an L2 table that belongs to the active state alone.
@@ -205,7 +202,6 @@ mod tests {
         assert_eq!(L2Entry { descriptor: 1, bitmap: 0 }.decode(v2), Err(CorruptionKind::ZeroFlagInV2));
         assert_eq!(decode_l1(0x50200, STD), Err(CorruptionKind::L2TableUnaligned));
         assert_eq!(decode_l1(0x50001, STD), Err(CorruptionKind::L1EntryReservedBits));
-        assert_eq!(decode_l1(COPIED, STD), Err(CorruptionKind::CopiedWithoutTable));
     }
 
     #[test]

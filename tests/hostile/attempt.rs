@@ -16,11 +16,8 @@ use crate::guarded::Guarded;
 type Outcome = Result<&'static str, String>;
 
 /// Corruption that describes no guest cluster.
-const REFCOUNT_TABLE: [CorruptionKind; 3] = [
-    CorruptionKind::RefcountTableEntry,
-    CorruptionKind::RefcountBlockBeyondEof,
-    CorruptionKind::RefcountBlockInMetadata,
-];
+const REFCOUNT_TABLE: [CorruptionKind; 2] =
+    [CorruptionKind::RefcountTableEntry, CorruptionKind::RefcountBlockBeyondEof];
 
 /// Most extents that are listed of a damaged image.
 const EXTENTS_MAX: usize = 2000;
