@@ -8,9 +8,17 @@
 //! from e to e+1 only when no pin of the other parity, (e+1) & 1, is left. Two moves that both began after the removal
 //! have therefore each seen one of the parities empty, and so each older pin gone, even one whose thread was delayed
 //! between reading the epoch and counting itself. The first move that is seen may have begun before: hence three.
+//!
+//! Most of the time nobody waits for an epoch. Whoever has to ([`Epochs::passed`]) holds no pin, and requests that end
+//! look whether somebody waits. A pinned request waits for nothing but I/O, so no circle can close.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+use std::future::poll_fn;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::task::{Poll, Waker};
+
+use crate::wait::lock;
 
 const SHARDS: usize = 16;
 const MOVES: u64 = 3;
@@ -25,18 +33,33 @@ struct Shard {
 #[derive(Default)]
 pub struct Epochs {
     epoch: AtomicU64,
+    has_waiters: AtomicBool,
+    waiters: Mutex<Vec<Waker>>,
     shards: [Shard; SHARDS],
 }
 
 /// A request that is under way.
 pub struct Pin<'a> {
+    epochs: &'a Epochs,
     count: &'a AtomicU64,
 }
 
 impl Drop for Pin<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.count.fetch_sub(1, Ordering::Release);
+        self.count.fetch_sub(1, Ordering::SeqCst);
+        fence_after_locked_add();
+        if self.epochs.has_waiters.load(Ordering::Relaxed) {
+            self.epochs.wake_waiters();
+        }
+    }
+}
+
+/// A full fence after an atomic addition, which on x86 is one already.
+#[inline]
+fn fence_after_locked_add() {
+    if cfg!(not(target_arch = "x86_64")) {
+        fence(Ordering::SeqCst);
     }
 }
 
@@ -60,11 +83,8 @@ impl Epochs {
         let parity = (self.epoch.load(Ordering::Relaxed) & 1) as usize;
         let count = &self.shards[shard_of_thread()].pins[parity];
         count.fetch_add(1, Ordering::SeqCst);
-        // Counted before anything is looked up. On x86 the locked add is that fence already.
-        if cfg!(not(target_arch = "x86_64")) {
-            fence(Ordering::SeqCst);
-        }
-        Pin { count }
+        fence_after_locked_add(); // counted before anything is looked up
+        Pin { epochs: self, count }
     }
 
     /// The epoch of a removal that has just been made visible.
@@ -76,6 +96,31 @@ impl Epochs {
     /// Whether all requests are done that were under way when something was removed at `epoch`.
     pub fn has_passed(&self, epoch: u64) -> bool {
         self.epoch.load(Ordering::SeqCst) >= epoch + MOVES
+    }
+
+    /// Waits until [`Epochs::has_passed`] holds. The caller holds no pin.
+    pub async fn passed(&self, epoch: u64) {
+        poll_fn(|context| {
+            if !self.has_passed(epoch) {
+                lock(&self.waiters).push(context.waker().clone());
+                // Announced before the last look: a request that ends after it sees the announcement.
+                self.has_waiters.store(true, Ordering::SeqCst);
+                self.advance();
+            }
+            if self.has_passed(epoch) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    #[cold]
+    fn wake_waiters(&self) {
+        self.advance();
+        let waiters = {
+            let mut waiters = lock(&self.waiters);
+            self.has_waiters.store(false, Ordering::SeqCst);
+            std::mem::take(&mut *waiters)
+        };
+        waiters.into_iter().for_each(Waker::wake);
     }
 
     /// Moves the epoch on as far as the requests under way allow.
@@ -110,6 +155,23 @@ mod tests {
         drop(reader);
         epochs.advance();
         assert!(epochs.has_passed(removed));
+    }
+
+    #[test]
+    fn who_waits_for_an_epoch_is_woken_by_the_last_request() {
+        let epochs = Epochs::default();
+        for _ in 0..500 {
+            std::thread::scope(|scope| {
+                let pins = [epochs.pin(), epochs.pin()];
+                let removed = epochs.removed_at();
+                let waiter = scope.spawn({
+                    let epochs = &epochs;
+                    move || crate::wait::block_on(epochs.passed(removed))
+                });
+                pins.map(|pin| scope.spawn(move || drop(pin)));
+                waiter.join().unwrap();
+            });
+        }
     }
 
     #[test]

@@ -8,10 +8,8 @@ pub mod epoch;
 pub mod find;
 
 use std::collections::{HashMap, VecDeque};
-use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Mutex;
-use std::task::Poll;
 
 use crate::error::Result;
 use crate::format::{GuestCluster, HostCluster, HostOffset};
@@ -29,19 +27,17 @@ struct Released {
     clusters: Range<u64>,
     change: u64,
     epoch: u64,
-    overwrites: u64,
 }
 
 /// The allocator of one image.
 #[derive(Default)]
 pub struct Allocator {
-    /// Requests under way.
-    pub epochs: Epochs,
-    /// Writes into clusters that are ours, from their lookup to the end of their I/O. They take no claim and, inside
-    /// of this, wait for none: others may wait for them.
-    pub overwrites: Epochs,
+    /// Reads, and writes into clusters that are ours: from their lookup to the end of their I/O. They hold no claim and
+    /// wait for none meanwhile, so that whoever holds one may wait for them. Requests that hold the claim of a cluster
+    /// need no pin: nobody else can release what its entry refers to.
+    pub transfers: Epochs,
     released: Mutex<VecDeque<Released>>,
-    /// Guest clusters whose host cluster stayed when some of its data was dropped, and the epoch of `overwrites` then.
+    /// Guest clusters whose host cluster stayed when some of its data was dropped, and the epoch of `transfers` then.
     dropped: Mutex<HashMap<GuestCluster, u64>>,
 }
 
@@ -104,8 +100,8 @@ impl Allocator {
     /// Takes back one reference to each cluster once that is safe. The entry that held it has been replaced in memory
     /// already; `change` is the number of that change.
     pub fn release(&self, clusters: Range<u64>, change: u64) {
-        let (epoch, overwrites) = (self.epochs.removed_at(), self.overwrites.removed_at());
-        lock(&self.released).push_back(Released { clusters, change, epoch, overwrites });
+        let epoch = self.transfers.removed_at();
+        lock(&self.released).push_back(Released { clusters, change, epoch });
     }
 
     /// Notes guest clusters that keep their host cluster although their entries have just stopped showing some of the
@@ -113,31 +109,24 @@ impl Allocator {
     pub fn note_dropped(&self, clusters: impl Iterator<Item = GuestCluster>) {
         let mut clusters = clusters.peekable();
         if clusters.peek().is_some() {
-            let epoch = self.overwrites.removed_at();
+            let epoch = self.transfers.removed_at();
             let mut dropped = lock(&self.dropped);
-            dropped.retain(|_, &mut at| !self.overwrites.has_passed(at));
+            dropped.retain(|_, &mut at| !self.transfers.has_passed(at));
             dropped.extend(clusters.map(|cluster| (cluster, epoch)));
         }
     }
 
-    /// Waits until nobody can still be overwriting data that was dropped in these clusters: what is written there from
-    /// now on stays. The caller holds the claim on them. Rare and short, so nobody is woken: it asks again and again.
-    pub async fn overwrites_done(&self, clusters: impl Iterator<Item = GuestCluster>) {
+    /// Waits for all transfers that may still reach data which was dropped in these clusters. Otherwise an older write
+    /// could land on what is filled in there now and show up again once that is linked; and an older read could see
+    /// what is filled in before a newer one still sees zeroes. The caller holds the claim on the clusters.
+    pub async fn transfers_done(&self, clusters: impl Iterator<Item = GuestCluster>) {
         let latest = {
             let dropped = lock(&self.dropped);
             clusters.filter_map(|cluster| dropped.get(&cluster).copied()).max()
         };
-        let Some(epoch) = latest else { return };
-        poll_fn(|context| {
-            self.overwrites.advance();
-            if self.overwrites.has_passed(epoch) {
-                return Poll::Ready(());
-            }
-            context.waker().wake_by_ref();
-            std::thread::yield_now();
-            Poll::Pending
-        })
-        .await;
+        if let Some(epoch) = latest {
+            self.transfers.passed(epoch).await;
+        }
     }
 
     /// Whether so much waits for a flush that one should be made.
@@ -148,13 +137,11 @@ impl Allocator {
     /// Takes back all released clusters for which that is safe now. With `punch`, the file first gives up the space of
     /// those that become free: after that they may be handed out again at any moment (scenario D11).
     pub async fn settle<I: Io>(&self, io: &I, tables: &Tables, punch: bool) -> Result<()> {
-        self.epochs.advance();
-        self.overwrites.advance();
+        self.transfers.advance();
         let durable = tables.order.durable_through();
         let mut ready = tables.refcounts.with(|state| std::mem::take(&mut state.give_back));
         lock(&self.released).retain(|r| {
-            let unused = self.epochs.has_passed(r.epoch) && self.overwrites.has_passed(r.overwrites);
-            let safe = r.change <= durable && unused;
+            let safe = r.change <= durable && self.transfers.has_passed(r.epoch);
             if safe {
                 ready.extend(r.clusters.clone().map(HostCluster));
             }

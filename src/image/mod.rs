@@ -178,7 +178,7 @@ impl Image {
     /// Pins the epoch, where clusters can be freed at all.
     #[inline]
     fn pin(&self) -> Option<Pin<'_>> {
-        (!self.status.any(READ_ONLY)).then(|| self.allocator.epochs.pin())
+        (!self.status.any(READ_ONLY)).then(|| self.allocator.transfers.pin())
     }
 }
 

@@ -80,13 +80,12 @@ impl Image {
     ) -> Result<bool> {
         let tables = self.active();
         {
-            let _overwriting = self.allocator.overwrites.pin();
+            let _pin = self.allocator.transfers.pin();
             if let Some(host) = tables.mapped(offset, length, true) {
                 tables.file.write(io, pieces, host).await?;
                 return Ok(false);
             }
         }
-        let _pin = self.allocator.epochs.pin();
         self.write_pieces(io, pieces, offset, length).await
     }
 
@@ -101,10 +100,10 @@ impl Image {
         let mut cursor = PieceCursor::new(pieces);
         let (mut at, mut left, mut allocated) = (offset, length, false);
         while left > 0 {
-            let overwriting = self.allocator.overwrites.pin();
+            let pin = self.allocator.transfers.pin();
             let n = match tables.run_in_place(at, left)? {
                 Found::Miss(slice) => {
-                    drop(overwriting);
+                    drop(pin);
                     tables.load_slice(io, slice).await?;
                     continue;
                 }
@@ -117,7 +116,7 @@ impl Image {
                     n
                 }
                 Found::Hit(None) => {
-                    drop(overwriting);
+                    drop(pin);
                     let n = split(tables.geometry, at, left);
                     self.write_allocating(io, cursor.take(n), at, n).await?;
                     allocated = true;
@@ -142,9 +141,9 @@ impl Image {
         let _claim = self.claim_clusters(at, length).await;
         self.own_l2_table(io, tables.geometry.l1_index(at)).await?;
         let mut steps = plan_steps(io, tables, at, length).await?;
-        // What is filled up in a cluster of our own must not be hit by a write from before it was zeroed there.
+        // What is filled in where a cluster of our own was zeroed must not meet a transfer from before that.
         let filled = steps.iter().filter(|s| s.plan.target != Target::New && s.plan.next.is_some());
-        self.allocator.overwrites_done(filled.map(|s| tables.geometry.guest_cluster(s.cluster_at))).await;
+        self.allocator.transfers_done(filled.map(|s| tables.geometry.guest_cluster(s.cluster_at))).await;
         let new = steps.iter().filter(|s| s.plan.target == Target::New).count() as u64;
         let reservation = self.allocator.reserve(io, tables, new).await?;
         assign_hosts(&mut steps, &reservation);

@@ -73,7 +73,6 @@ impl Image {
     }
 
     async fn zero_range<I: Io>(&self, io: &I, offset: GuestOffset, length: u64, flags: ZeroFlags) -> Result<()> {
-        let _pin = self.allocator.epochs.pin();
         let (mut at, end) = (offset, offset.0 + length);
         while at.0 < end {
             let n = split(self.active().geometry, at, end - at.0);
@@ -193,7 +192,6 @@ impl Image {
 
     async fn discard_range<I: Io>(&self, io: &I, offset: GuestOffset, length: u64) -> Result<()> {
         let tables = self.active();
-        let _pin = self.allocator.epochs.pin();
         let (mut at, end) = (offset, offset.0 + length);
         while at.0 < end {
             let n = split(tables.geometry, at, end - at.0);
