@@ -41,7 +41,10 @@
  *  - No call prints, exits or aborts. A bug in the library makes the call fail with QCOW2_ERR_PANIC, and the handle
  *    refuses every further write; only then is there a message on standard error too.
  *
- * A file opened for writing must not be written by anybody else meanwhile.
+ * A file opened for writing must not be used by anybody else meanwhile, nor a file opened for reading be written. Locks
+ * see to that, the same that QEMU takes: one writer or any number of readers, in this process or others. Option
+ * "locking" shares an image with others ("shared") or does without locks ("off"). Storages of the caller's callbacks are
+ * not locked.
  */
 
 #ifndef QCOW2_H
@@ -138,7 +141,7 @@ int qcow2_has_feature(const char *name);
 #define QCOW2_ERR_EXISTS 16
 /** A bug in the library; the handle is poisoned, close it. Please report the text. */
 #define QCOW2_ERR_PANIC 17
-/** Another process uses the image in a way that excludes this. */
+/** Somebody else uses the image, or a file under it, in a way that excludes this. */
 #define QCOW2_ERR_LOCKED 18
 /** A secret is missing or wrong. */
 #define QCOW2_ERR_BAD_SECRET 19
@@ -176,8 +179,9 @@ int qcow2_last_error_code(void);
  *
  * The caller closes the handle with qcow2_close(). The options stay the caller's and may be freed or used again.
  * Returns 0 or a negative errno: that of open(2); -EINVAL not a qcow2 image, malformed, or a wrong option; -ENOTSUP
- * needs a feature that is not supported; -EACCES backing files not allowed. An image that is refused is never
- * written to.
+ * needs a feature that is not supported; -EACCES backing files not allowed; -EBUSY somebody else uses the image, or a
+ * file under it, in a way that does not go together with this one (see option "locking"). An image that is refused is
+ * never written to.
  * Thread-safe. Since 0.1.
  */
 int qcow2_open(const char *path,
@@ -409,8 +413,8 @@ int qcow2_discard(qcow2_image *image,
  * flags:  0 or QCOW2_OVERWRITE
  *
  * With option "backing_file", "backing_fmt" must be set too; the backing file is not opened, so its size is not used.
- * Returns 0 or a negative errno: -EEXIST the file exists; -EINVAL a wrong option, or options that exclude each other;
- * -EFBIG larger than the format can have with that cluster size; those of open(2) and write(2).
+ * Returns 0 or a negative errno: -EEXIST the file exists; -EBUSY somebody uses it; -EINVAL a wrong option, or options
+ * that exclude each other; -EFBIG larger than the format can have with that cluster size; those of open(2) and write(2).
  * Thread-safe. Since 0.1.
  */
 int qcow2_create(const char *path,

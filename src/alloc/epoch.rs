@@ -168,7 +168,9 @@ mod tests {
                     let epochs = &epochs;
                     move || crate::wait::block_on(epochs.passed(removed))
                 });
-                pins.map(|pin| scope.spawn(move || drop(pin)));
+                for pin in pins {
+                    scope.spawn(move || drop(pin));
+                }
                 waiter.join().unwrap();
             });
         }

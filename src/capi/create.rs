@@ -40,8 +40,8 @@ unsafe fn create_options(opts: *const qcow2_opts) -> Result<CreateOptions> {
 /// flags:  0 or QCOW2_OVERWRITE
 ///
 /// With option "backing_file", "backing_fmt" must be set too; the backing file is not opened, so its size is not used.
-/// Returns 0 or a negative errno: -EEXIST the file exists; -EINVAL a wrong option, or options that exclude each other;
-/// -EFBIG larger than the format can have with that cluster size; those of open(2) and write(2).
+/// Returns 0 or a negative errno: -EEXIST the file exists; -EBUSY somebody uses it; -EINVAL a wrong option, or options
+/// that exclude each other; -EFBIG larger than the format can have with that cluster size; those of open(2) and write(2).
 /// Thread-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_create(path: *const c_char, size: u64, opts: *const qcow2_opts, flags: u32) -> c_int {

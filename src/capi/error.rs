@@ -46,7 +46,7 @@ pub const QCOW2_ERR_TOO_LARGE: i32 = 15;
 pub const QCOW2_ERR_EXISTS: i32 = 16;
 /// A bug in the library; the handle is poisoned, close it. Please report the text.
 pub const QCOW2_ERR_PANIC: i32 = 17;
-/// Another process uses the image in a way that excludes this.
+/// Somebody else uses the image, or a file under it, in a way that excludes this.
 pub const QCOW2_ERR_LOCKED: i32 = 18;
 /// A secret is missing or wrong.
 pub const QCOW2_ERR_BAD_SECRET: i32 = 19;

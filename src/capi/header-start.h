@@ -41,7 +41,10 @@
  *  - No call prints, exits or aborts. A bug in the library makes the call fail with QCOW2_ERR_PANIC, and the handle
  *    refuses every further write; only then is there a message on standard error too.
  *
- * A file opened for writing must not be written by anybody else meanwhile.
+ * A file opened for writing must not be used by anybody else meanwhile, nor a file opened for reading be written. Locks
+ * see to that, the same that QEMU takes: one writer or any number of readers, in this process or others. Option
+ * "locking" shares an image with others ("shared") or does without locks ("off"). Storages of the caller's callbacks are
+ * not locked.
  */
 
 #ifndef QCOW2_H

@@ -77,8 +77,9 @@ fn duplicate(fd: c_int) -> Result<OwnedFd> {
 ///
 /// The caller closes the handle with qcow2_close(). The options stay the caller's and may be freed or used again.
 /// Returns 0 or a negative errno: that of open(2); -EINVAL not a qcow2 image, malformed, or a wrong option; -ENOTSUP
-/// needs a feature that is not supported; -EACCES backing files not allowed. An image that is refused is never
-/// written to.
+/// needs a feature that is not supported; -EACCES backing files not allowed; -EBUSY somebody else uses the image, or a
+/// file under it, in a way that does not go together with this one (see option "locking"). An image that is refused is
+/// never written to.
 /// Thread-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_open(
