@@ -305,7 +305,7 @@ struct job {
     uint64_t seed;
     uint8_t version;
     uint64_t heap_calls;
-    struct timespec started, ended;
+    struct timespec started, ended, cpu_started, cpu_ended;
     unsigned char *buffer;
 };
 
@@ -349,12 +349,14 @@ static void *run_job(void *argument)
     job->buffer = new_buffer();
     pthread_barrier_wait(job->start);
     uint64_t heap_before = heap_calls;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &job->cpu_started);
     clock_gettime(CLOCK_MONOTONIC, &job->started);
     if (job->workload->order == OPEN_CLOSE)
         run_open_close(job);
     else
         run_io(job);
     clock_gettime(CLOCK_MONOTONIC, &job->ended);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &job->cpu_ended);
     job->heap_calls = heap_calls - heap_before;
     free(job->buffer);
     return NULL;
@@ -386,20 +388,21 @@ static void run_round(const struct workload *w, struct side *side, unsigned roun
         if (pthread_create(&jobs[t].thread, NULL, run_job, &jobs[t]) != 0)
             exit(1);
     }
-    double started = 1e300, ended = 0;
+    double started = 1e300, ended = 0, cpu = 0;
     uint64_t calls = 0;
     for (unsigned t = 0; t < w->threads; t++) {
         pthread_join(jobs[t].thread, NULL);
         double s = seconds(jobs[t].started), e = seconds(jobs[t].ended);
         started = s < started ? s : started;
         ended = e > ended ? e : ended;
+        cpu += seconds(jobs[t].cpu_ended) - seconds(jobs[t].cpu_started);
         calls += jobs[t].heap_calls;
     }
     pthread_barrier_destroy(&start);
     double flush_seconds = w->write && !w->flush_each ? flush(side) : 0;
     printf("{\"workload\": \"%s\", \"side\": \"%s\", \"round\": %u, \"ops\": %" PRIu64 ", \"bytes\": %" PRIu64
-           ", \"seconds\": %.9f, \"flush_seconds\": %.9f, \"heap_calls\": %" PRIu64 "}\n",
-           w->name, side->calls->name, round, w->ops, w->ops * w->block, ended - started, flush_seconds, calls);
+           ", \"seconds\": %.9f, \"cpu_seconds\": %.9f, \"flush_seconds\": %.9f, \"heap_calls\": %" PRIu64 "}\n",
+           w->name, side->calls->name, round, w->ops, w->ops * w->block, ended - started, cpu, flush_seconds, calls);
     fflush(stdout);
     if (w->write)
         for (uint64_t i = 0; i < w->ops; i++) {

@@ -6,7 +6,8 @@
     BENCH_QUICK=1 make bench                      whether everything works, in seconds; its times mean nothing
 
 For each workload: medians over the rounds of both sides, the median of the ratios of neighbouring rounds (the sides take
-turns) with its quartiles, and `qemu-img bench` with the same request size where it has such a workload, between our rounds.
+turns) with its quartiles, the same of the threads' processor time (which another program that is busy disturbs less),
+and `qemu-img bench` with the same request size where it has such a workload, between our rounds.
 What was written is verified by the driver, by `qemu-img check`, and against the raw twin by `qemu-img compare`.
 The exit status tells whether everything was right; times do not change it, a missed target is marked in the table.
 """
@@ -118,21 +119,23 @@ class Measurement:
     def per_op(self, side, key="seconds"):
         return statistics.median(line[key] / line["ops"] for line in self.rounds[side])
 
-    def ratios(self, with_flush):
+    def ratios(self, *keys):
         def total(line):
-            return line["seconds"] + (line["flush_seconds"] if with_flush else 0)
+            return sum(line[key] for key in keys)
 
         return [total(ours) / total(raw) for ours, raw in zip(self.rounds["ours"], self.rounds["raw"])]
 
     def row(self, has_target):
-        ratios = sorted(self.ratios(False))
+        ratios = sorted(self.ratios("seconds"))
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         ratio = statistics.median(ratios)
         verdict = ""
         if self.workload.mapped and has_target:
             verdict = "ok" if ratio <= TARGET else f"ABOVE {TARGET}"
-        flushed = f"{statistics.median(self.ratios(True)):.2f}" if any(l["flush_seconds"] for l in self.rounds["raw"]) else ""
-        flush_ms = f"{statistics.median(l['flush_seconds'] for l in self.rounds['ours']) * 1e3:.1f}" if flushed else ""
+        flushed = flush_ms = ""
+        if any(line["flush_seconds"] for line in self.rounds["raw"]):
+            flushed = f"{statistics.median(self.ratios('seconds', 'flush_seconds')):.2f}"
+            flush_ms = f"{statistics.median(line['flush_seconds'] for line in self.rounds['ours']) * 1e3:.1f}"
         quicker = f"{statistics.median(self.qemu) * 1e6:.2f}" if self.qemu else ""
         bytes_per_op = self.rounds["ours"][0]["bytes"] / self.rounds["ours"][0]["ops"]
         return [
@@ -141,6 +144,7 @@ class Measurement:
             f"{self.per_op('raw') * 1e6:.2f}",
             f"{ratio:.3f}",
             f"{low:.2f}..{high:.2f}",
+            f"{statistics.median(self.ratios('cpu_seconds')):.3f}",
             flush_ms,
             flushed,
             f"{bytes_per_op / self.per_op('ours') / (1 << 20):.0f}",
@@ -149,7 +153,8 @@ class Measurement:
         ]
 
 
-HEADINGS = ["workload", "ours us", "raw us", "ratio", "quartiles", "flush ms", "w/flush", "MiB/s", "qemu us", "target"]
+HEADINGS = ["workload", "ours us", "raw us", "ratio", "quartiles", "cpu ratio"]
+HEADINGS += ["flush ms", "w/flush", "MiB/s", "qemu us", "target"]
 
 
 def print_table(headings, rows):
