@@ -40,6 +40,14 @@ static void flags_do_what_they_say(void)
     OK(qcow2_write_zeroes(image, 0, CLUSTER, QCOW2_MAY_UNMAP));
     CHECK(host_offset(image, 0) == 0);
 
+    /* Part by part, and with subclusters that never held anything: the last part lets the cluster go. */
+    write_pattern(image, 7, 2 * CLUSTER, 2 * SUB);
+    OK(qcow2_write_zeroes(image, 2 * CLUSTER, SUB, QCOW2_MAY_UNMAP));
+    CHECK(host_offset(image, 2 * CLUSTER + SUB) != 0);
+    OK(qcow2_write_zeroes(image, 2 * CLUSTER + SUB, SUB, QCOW2_MAY_UNMAP));
+    OK(qcow2_flush(image));
+    expect_entry("part by part", "disk.qcow2", 2, 0, UINT64_C(0x0000000300000000));
+
     FAILS(qcow2_write_zeroes(image, CLUSTER + 100, 1000, QCOW2_NO_FALLBACK), ENOTSUP, QCOW2_ERR_UNSUPPORTED, "without writing data");
     expect_pattern(image, 7, CLUSTER, CLUSTER);
     OK(qcow2_write_zeroes(image, CLUSTER + SUB, SUB, QCOW2_NO_FALLBACK));

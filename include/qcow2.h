@@ -351,9 +351,9 @@ int qcow2_pwritev(qcow2_image *image,
  * flags:  0, or any of QCOW2_FUA, QCOW2_MAY_UNMAP and QCOW2_NO_FALLBACK
  *
  * Whole subclusters (whole clusters in an image without extended_l2) become zero by a change of their entry alone.
- * What is less than that at either end of the range is written as data, unless the rest of its subcluster reads as
- * zeroes too. At the end of the image, what lies past the end counts as part of the range: a subcluster that the image
- * ends in is whole if all of it that the image has is. Zeroes are also written as data into parts of compressed
+ * What is less than that at either end of the range is written as data, unless the rest of its subcluster is known to
+ * read as zeroes too. At the end of the image, what lies past it counts as part of the range: a subcluster that the
+ * image ends in is whole if all of it that the image has is. Zeroes are also written as data into parts of compressed
  * clusters, and wherever an image of version 2, which has no zero flag, leaves no other way.
  *
  * Returns 0 or a negative errno, as qcow2_pwrite(); and -ENOTSUP if QCOW2_NO_FALLBACK is given and data would have to

@@ -102,7 +102,7 @@ pub fn plan_zero(geometry: Geometry, state: ClusterState, mask: u32, may_unmap: 
         };
     }
     let mut new = ClusterState { host: state.host, alloc: state.alloc & !mask, zero: state.zero | mask };
-    if may_unmap && new.zero == all {
+    if may_unmap && new.alloc == 0 {
         new.host = Host::None;
     }
     outcome(state, new)
