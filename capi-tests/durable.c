@@ -6,6 +6,7 @@ static void reader_sees(int pattern, uint64_t offset, size_t length)
     qcow2_opts *opts = qcow2_opts_new();
     qcow2_image *reader;
     OK(qcow2_opts_set_bool(opts, "read_only", 1));
+    OK(qcow2_opts_set_str(opts, "locking", "shared")); /* the writer is known, and flushes */
     OK(qcow2_open("disk.qcow2", opts, &reader));
     expect_pattern(reader, pattern, offset, length);
     OK(qcow2_close(reader));
