@@ -233,7 +233,7 @@ fn judge_zero(case: &Case, may_unmap: bool, outcome: Outcome) -> Result<(), &'st
     match case.state.host {
         Host::None => Ok(()),
         Host::Compressed(_) => must(!stays, "compressed data of which nothing is left stays"),
-        Host::Cluster { .. } => must(stays == !(may_unmap && is_empty), "the host cluster stays iff it is needed"),
+        Host::Cluster { .. } => must(stays != (may_unmap && is_empty), "the host cluster stays iff it is needed"),
     }
 }
 
