@@ -1,7 +1,7 @@
 //! Making things durable, and closing.
 
 use super::Image;
-use super::status::{CLOSED, CORRUPT, POISONED, READ_ONLY};
+use super::status::{CLOSED, CORRUPT, POISONED, READ_ONLY, UNTOUCHED};
 use crate::error::{Error, Result};
 use crate::image::options::LogLevel;
 use crate::storage::Io;
@@ -49,8 +49,9 @@ impl Image {
     }
 
     async fn finish<I: Io>(&self, io: &I, before: u32) -> Result<()> {
-        if before & (CLOSED | READ_ONLY) != 0 {
-            return Ok(());
+        let untouched = before & (UNTOUCHED | POISONED) == UNTOUCHED;
+        if before & (CLOSED | READ_ONLY) != 0 || untouched {
+            return Ok(()); // nothing was written through this handle
         }
         if before & POISONED != 0 {
             self.status.clear(CLOSED);

@@ -1,6 +1,6 @@
 //! What a range of a cluster reads from, and which neighbouring runs are one transfer.
 
-use super::{Span, subcluster_mask};
+use super::Span;
 use crate::format::l2::CompressedExtent;
 use crate::format::{ClusterState, Geometry, Host, HostOffset};
 
@@ -56,14 +56,6 @@ pub fn run_at(geometry: Geometry, state: ClusterState, span: Span) -> Run {
     Run { source, length_bytes: end.min(span.end) - span.start }
 }
 
-/// The common case of [`run_at`], as short as it can be: where `span` starts on the host if all of it is plain data.
-#[inline]
-pub fn plain_data(geometry: Geometry, state: ClusterState, span: Span) -> Option<HostOffset> {
-    let Host::Cluster { cluster, .. } = state.host else { return None };
-    let touched = subcluster_mask(geometry.subcluster_of(span.start), geometry.subcluster_of(span.end - 1));
-    (state.alloc & touched == touched).then(|| geometry.host_offset(cluster).plus(span.start))
-}
-
 /// Whether `next`, which follows `run` in the guest, continues it without a seam.
 pub fn continues(run: &Run, next: &Run) -> bool {
     let follows = |a: HostOffset, b: HostOffset| a.plus(run.length_bytes) == b;
@@ -94,26 +86,6 @@ mod tests {
         assert_eq!(run(4096, 65536), Run { source: Source::Zero(Some(base.plus(4096))), length_bytes: 2048 });
         assert_eq!(run(6144, 65536), Run { source: Source::Unallocated(Some(base.plus(6144))), length_bytes: 59392 });
         assert_eq!(run(0, 100).length_bytes, 100);
-    }
-
-    #[test]
-    fn plain_data_is_what_run_at_says_of_whole_spans() {
-        let host = Host::Cluster { cluster: HostCluster(5), copied: false };
-        for (alloc, zero) in [(0, 0), (u32::MAX, 0), (0b0110, 0b1001), (0x8000_0001, 0x7fff_fffe)] {
-            let state = ClusterState { host, alloc, zero };
-            for start in (0..65536).step_by(512) {
-                for length in [1, 512, 2048, 4096, 8192, 65536 - start] {
-                    let span = Span { start, end: 65536.min(start + length) };
-                    let run = run_at(G, state, span);
-                    let whole = run.length_bytes == span.len();
-                    let expected = match run.source {
-                        Source::Data(host) if whole => Some(host),
-                        _ => None,
-                    };
-                    assert_eq!(plain_data(G, state, span), expected, "{span:?} {alloc:x}");
-                }
-            }
-        }
     }
 
     #[test]

@@ -154,7 +154,10 @@ impl L2Cache {
 
     #[inline]
     fn slot_of(&self, slice: SliceIndex) -> Option<usize> {
-        self.candidates(slice).find(|&slot| self.keys[slot].load(Ordering::Acquire) == slice.0 + 1)
+        let holds = |slot: usize| self.keys[slot].load(Ordering::Acquire) == slice.0 + 1;
+        let mut candidates = self.candidates(slice);
+        // The preferred one apart from the rest: it nearly always is the one.
+        candidates.next().filter(|&slot| holds(slot)).or_else(|| candidates.find(|&slot| holds(slot)))
     }
 
     fn slot_words(&self, slot: usize) -> &[AtomicU64] {

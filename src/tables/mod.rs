@@ -12,8 +12,8 @@ use std::ops::{ControlFlow, Range};
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::l2::{COPIED, decode_l1};
 use crate::format::{ClusterState, Geometry, GuestOffset, Header, Host, HostCluster, HostOffset, L1Index, SliceIndex};
-use crate::plan::Span;
-use crate::plan::read::{Run, Source, continues, plain_data, run_at};
+use crate::plan::read::{Run, Source, continues, run_at};
+use crate::plan::{Span, subcluster_mask};
 use crate::storage::{Io, IoDst};
 use crate::wait::Claims;
 
@@ -113,11 +113,12 @@ impl Tables {
         }
         let index = geometry.entry_in_slice(offset);
         let entry = self.l2.look(geometry.slice_index(offset), |view| view.entry(index))?;
-        let state = entry.decode(geometry).ok()?;
-        if in_place && !self.is_ours(&state) {
+        let (first, last) = (geometry.subcluster_of(start), geometry.subcluster_of(start + length - 1));
+        let host = entry.plain_host(geometry, subcluster_mask(first, last), in_place)?;
+        if in_place && self.is_metadata(geometry.host_cluster(host)) {
             return None;
         }
-        plain_data(geometry, state, Span { start, end: start + length })
+        Some(host.plus(start))
     }
 
     /// The run of bytes with one source that starts at `offset`, at most `max` long and inside one slice (or, where

@@ -111,7 +111,7 @@ pub fn sites(fixture: &Fixture) -> Vec<Site> {
     let mut compressed: Vec<(Range<u64>, Range<u64>)> = Vec::new(); // host and guest bytes
     for l1 in 0..layout.l1_entries {
         let at = layout.l1_offset + l1 * 8;
-        list.push(word(Part::L1, at, 8, Vec::from([l1 * covers..(l1 + 1) * covers])));
+        list.push(word(Part::L1, at, 8, std::iter::once(l1 * covers..(l1 + 1) * covers).collect()));
         let table = layout.u64(at) & 0x00ff_ffff_ffff_fe00;
         let mut unused = 2; // entries that are not used, but may become so
         for index in 0..if table == 0 { 0 } else { layout.l2_entries() } {
