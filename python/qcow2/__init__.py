@@ -3,14 +3,14 @@
     import qcow2
 
     qcow2.create("disk.qcow2", 1 << 30, extended_l2=True)
-    with qcow2.Image("disk.qcow2") as image:
+    with qcow2.open("disk.qcow2") as image:
         image.write(b"hello", 4096)
         print(image.read(5, 4096))
 
 Offsets and lengths are in bytes. An image may be used by several threads at once; calls release the interpreter's lock.
 """
 
-from ._image import Extent, Image, create, has_feature, option_names, version
+from ._image import Extent, Image, create, has_feature, open, option_names, version
 from ._library import Code, QcowError
 
-__all__ = ["Code", "Extent", "Image", "QcowError", "create", "has_feature", "option_names", "version"]
+__all__ = ["Code", "Extent", "Image", "QcowError", "create", "has_feature", "open", "option_names", "version"]

@@ -260,6 +260,11 @@ class Image:
         return {name: getattr(stats, name) for name, *_ in CStats._fields_}
 
 
+def open(path: PathLike | int, **options: OptionValue) -> Image:  # as gzip.open: the module is its namespace
+    """Opens an image: the same as :class:`Image`, by the name that one looks for first."""
+    return Image(path, **options)
+
+
 def _offset(offset: int) -> int:
     return _u64("offset", offset)
 

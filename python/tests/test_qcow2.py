@@ -60,7 +60,7 @@ class Data(Case):
             self.assertEqual(image.read(0, 1 << 20), b"")
             image.flush()
             image.write(b"fua", 100, fua=True)
-        with qcow2.Image(str(self.disk), read_only=True) as image:
+        with qcow2.open(str(self.disk), read_only=True) as image:
             self.assertEqual(image.read(5, 5000), b"hello")
             self.assertEqual(image.read(3, 100), b"fua")
 
