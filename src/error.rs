@@ -250,6 +250,13 @@ pub enum Error {
         /// The file.
         path: String,
     },
+    /// A file could not be opened.
+    OpenFile {
+        /// The file.
+        path: String,
+        /// The system's error number (positive).
+        errno: i32,
+    },
     /// Somebody else uses the file in a way that does not go together with this one.
     Locked {
         /// The file; empty if it was not opened by path.
@@ -275,7 +282,7 @@ pub enum Error {
 pub enum ErrorCode {
     /// No error.
     None = 0,
-    /// [`Error::Io`].
+    /// [`Error::Io`] and [`Error::OpenFile`].
     Io = 1,
     /// [`Error::Corrupt`] and [`Error::MarkedCorrupt`].
     Corrupt = 2,
@@ -321,10 +328,15 @@ impl Error {
         Self::Io { op, offset, errno: e.raw_os_error().unwrap_or(libc::EIO) }
     }
 
+    /// A file that could not be opened, from what the standard library reports.
+    pub fn open(path: &std::path::Path, e: &std::io::Error) -> Self {
+        Self::OpenFile { path: path.display().to_string(), errno: e.raw_os_error().unwrap_or(libc::EIO) }
+    }
+
     /// The stable code.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Io { .. } => ErrorCode::Io,
+            Self::Io { .. } | Self::OpenFile { .. } => ErrorCode::Io,
             Self::Corrupt(_) | Self::MarkedCorrupt => ErrorCode::Corrupt,
             Self::Header { .. } => ErrorCode::BadHeader,
             Self::NotQcow2 { .. } => ErrorCode::NotQcow2,
@@ -349,7 +361,7 @@ impl Error {
     /// The (positive) system error number that C calls return, negated.
     pub fn errno(&self) -> i32 {
         match self {
-            Self::Io { errno, .. } => *errno,
+            Self::Io { errno, .. } | Self::OpenFile { errno, .. } => *errno,
             Self::Corrupt(_) | Self::MarkedCorrupt | Self::Poisoned { .. } | Self::Panic { .. } => libc::EIO,
             Self::Header { .. } | Self::NotQcow2 { .. } | Self::OutOfRange { .. } => libc::EINVAL,
             Self::Argument { .. } | Self::UnknownOption { .. } | Self::OptionValue { .. } => libc::EINVAL,
@@ -441,6 +453,9 @@ impl fmt::Display for Error {
                 f,
                 "'{name}' is in use by somebody whose use does not go together with this one; close it there, open it read-only, or set option 'locking' if you know better"
             ),
+            Self::OpenFile { path, errno } => {
+                write!(f, "'{path}' cannot be opened: {}", std::io::Error::from_raw_os_error(*errno))
+            }
             Self::Exists { path } => write!(f, "'{path}' exists already; pass the overwrite flag to replace it"),
             Self::Path { path, why } => write!(f, "path '{path}' {why}"),
             Self::Panic { message } => write!(f, "internal error (this is a bug in libqcow2): {message}"),

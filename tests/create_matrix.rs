@@ -335,9 +335,9 @@ fn files_that_exist_are_kept_unless_asked() {
     create(Path::new(&path), 1 << 20, &CreateOptions::default(), true).unwrap();
     qemu::check(&path, false);
     let e = create(Path::new(&dir.path("")), 1 << 20, &CreateOptions::default(), true).unwrap_err();
-    assert!(matches!(e, Error::Path { .. } | Error::Io { .. }), "{e}");
+    assert!(matches!(e, Error::Path { .. } | Error::OpenFile { errno: libc::EISDIR, .. }), "{e}");
     let e = create(Path::new(&dir.path("no/such/folder")), 1 << 20, &CreateOptions::default(), false).unwrap_err();
-    assert!(matches!(e, Error::Io { errno: libc::ENOENT, .. }), "{e}");
+    assert!(matches!(e, Error::OpenFile { errno: libc::ENOENT, .. }), "{e}");
 }
 
 #[test]

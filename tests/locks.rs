@@ -103,6 +103,37 @@ fn a_backing_file_is_locked_as_read() {
     let _ = std::fs::remove_dir_all(&dir);
 }
 
+/// A backing file's locks once went with its descriptor alone: a program that forks on another thread held them until
+/// its child had exec'ed, and the next open was refused.
+#[test]
+fn a_fork_elsewhere_does_not_keep_the_locks() {
+    let dir = scratch("locks-fork");
+    let (base, top) = (dir.join("base"), dir.join("top"));
+    create(&base, 1 << 20, &CreateOptions::default(), false).unwrap();
+    let mut options = CreateOptions::default();
+    options.set("backing_file", "base").unwrap();
+    options.set("backing_fmt", "qcow2").unwrap();
+    create(&top, 1 << 20, &options, false).unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                Command::new("true").status().unwrap();
+            }
+        });
+        for _ in 0..2000 {
+            drop(Image::open(&top, &OpenOptions { backing: BackingPolicy::Any, ..Default::default() }).unwrap());
+            let again = open(&base, (true, Locking::On));
+            if again.is_err() {
+                stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            }
+            again.unwrap();
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let _ = std::fs::remove_dir_all(&dir);
+}
+
 /// A qemu-io that has the image open and waits for its next command.
 struct QemuIo(Child);
 

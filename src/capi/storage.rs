@@ -6,7 +6,6 @@
 //! A storage is counted: images, options and resolvers keep their own reference, so that qcow2_storage_free() only
 //! gives up the caller's.
 
-use std::fs::OpenOptions;
 use std::io;
 use std::sync::Arc;
 
@@ -16,8 +15,8 @@ use super::arguments::{flags as check_flags, out, path};
 use super::boundary::{call, null};
 use super::opts::qcow2_destroy_fn;
 use super::structs::{self, AbiStruct};
-use crate::error::{Error, IoOp, Result};
-use crate::storage::file::FileStorage;
+use crate::error::{Error, Result};
+use crate::image::backing::open_file;
 use crate::storage::{IoDst, IoSrc, Storage};
 
 /// Flag of qcow2_storage_open(): open the file for reading only.
@@ -285,12 +284,8 @@ pub unsafe extern "C" fn qcow2_storage_open(
         check_flags(flags, QCOW2_STORAGE_READ_ONLY)?;
         // SAFETY: NULL or a C string by the manual above.
         let path = unsafe { self::path("path", path) }?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(flags & QCOW2_STORAGE_READ_ONLY == 0)
-            .open(path)
-            .map_err(|e| Error::io(IoOp::Open, 0, &e))?;
-        *storage = Box::into_raw(Box::new(qcow2_storage { inner: Arc::new(FileStorage::new(file)) }));
+        let file = open_file(path, flags & QCOW2_STORAGE_READ_ONLY == 0)?;
+        *storage = Box::into_raw(Box::new(qcow2_storage { inner: Arc::new(file) }));
         Ok(())
     })
 }

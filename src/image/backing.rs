@@ -27,12 +27,12 @@ const NOT_A_PATH: &str = "names with a protocol or 'json:' are not followed; giv
 pub fn open_file(path: &Path, writable: bool) -> Result<FileStorage> {
     let mut options = std::fs::OpenOptions::new();
     options.read(true).write(writable).custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK);
-    let file = options.open(path).map_err(|e| Error::io(IoOp::Open, 0, &e))?;
+    let file = options.open(path).map_err(|e| Error::open(path, &e))?;
     accept_kind(file, path)
 }
 
 fn accept_kind(file: File, path: &Path) -> Result<FileStorage> {
-    let kind = file.metadata().map_err(|e| Error::io(IoOp::Open, 0, &e))?.file_type();
+    let kind = file.metadata().map_err(|e| Error::open(path, &e))?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         let path = path.display().to_string();
         return Err(Error::Path { path, why: "is neither a regular file nor a block device" });

@@ -190,7 +190,7 @@ pub fn create(path: &Path, size_bytes: u64, options: &CreateOptions, overwrite: 
 
 /// Opens the file to write to, and says whether it was made here.
 fn open_file(path: &Path, overwrite: bool) -> Result<(std::fs::File, bool)> {
-    let failed = |e: &std::io::Error| Error::io(IoOp::Open, 0, e);
+    let failed = |e: &std::io::Error| Error::open(path, e);
     let shown = || path.display().to_string();
     let mut open = std::fs::OpenOptions::new();
     open.read(true).write(true);

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::lock::{self, LockMode};
 use super::{Identity, IoDst, IoSrc, Storage};
@@ -15,12 +16,21 @@ const PIECES_PER_CALL: usize = 1024;
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
+    is_locked: AtomicBool,
+}
+
+/// The locks are given back by name: a process that this one has just forked may hold the description a moment longer
+/// than we do, and the locks with it.
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        self.unlock();
+    }
 }
 
 impl FileStorage {
     /// Takes over an open file descriptor.
     pub fn new(file: File) -> Self {
-        Self { file }
+        Self { file, is_locked: AtomicBool::new(false) }
     }
 
     /// The descriptor, for drivers that submit I/O themselves.
@@ -31,7 +41,7 @@ impl FileStorage {
 
 impl From<OwnedFd> for FileStorage {
     fn from(fd: OwnedFd) -> Self {
-        Self { file: File::from(fd) }
+        Self::new(File::from(fd))
     }
 }
 
@@ -152,11 +162,15 @@ impl Storage for FileStorage {
     }
 
     fn lock(&self, mode: LockMode) -> io::Result<bool> {
-        lock::acquire(self.fd(), mode)
+        let granted = lock::acquire(self.fd(), mode)?;
+        self.is_locked.store(granted, Ordering::Release);
+        Ok(granted)
     }
 
     fn unlock(&self) {
-        lock::release(self.fd());
+        if self.is_locked.swap(false, Ordering::AcqRel) {
+            lock::release(self.fd());
+        }
     }
 
     fn allocated_bytes(&self) -> Option<u64> {
