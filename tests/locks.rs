@@ -82,15 +82,21 @@ fn a_late_drop_leaves_the_next_handles_lock_alone() {
     let _ = std::fs::remove_dir_all(&dir);
 }
 
-#[test]
-fn a_backing_file_is_locked_as_read() {
-    let dir = scratch("locks-backing");
+/// A base and an overlay of it.
+fn overlay_in(dir: &Path) -> (PathBuf, PathBuf) {
     let (base, top) = (dir.join("base"), dir.join("top"));
     create(&base, 1 << 20, &CreateOptions::default(), false).unwrap();
     let mut options = CreateOptions::default();
     options.set("backing_file", "base").unwrap();
     options.set("backing_fmt", "qcow2").unwrap();
     create(&top, 1 << 20, &options, false).unwrap();
+    (base, top)
+}
+
+#[test]
+fn a_backing_file_is_locked_as_read() {
+    let dir = scratch("locks-backing");
+    let (base, top) = overlay_in(&dir);
     let over = || Image::open(&top, &OpenOptions { backing: BackingPolicy::Any, ..Default::default() });
     let overlay = over().unwrap();
     open(&base, (false, Locking::On)).expect("others may read it");
@@ -108,12 +114,7 @@ fn a_backing_file_is_locked_as_read() {
 #[test]
 fn a_fork_elsewhere_does_not_keep_the_locks() {
     let dir = scratch("locks-fork");
-    let (base, top) = (dir.join("base"), dir.join("top"));
-    create(&base, 1 << 20, &CreateOptions::default(), false).unwrap();
-    let mut options = CreateOptions::default();
-    options.set("backing_file", "base").unwrap();
-    options.set("backing_fmt", "qcow2").unwrap();
-    create(&top, 1 << 20, &options, false).unwrap();
+    let (base, top) = overlay_in(&dir);
     let stop = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -73,7 +73,7 @@ impl<'a> Pass<'a> {
         let through = tables.order.changes.load(Ordering::SeqCst);
         let slices = tables.l2.collect_dirty();
         let l1 = tables.l1.collect_dirty();
-        let refcounts = tables.refcounts.collect_dirty();
+        let refcounts = tables.refcounts.collect_dirty(&slices, &l1);
         Self { tables, slices, l1, refcounts, through, succeeded: false }
     }
 

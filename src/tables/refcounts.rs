@@ -10,7 +10,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::file::HostFile;
-use super::l1::L1Table;
+use super::l1::{DirtyL1, L1Table};
+use super::l2::DirtySlices;
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::{Geometry, Header, HostCluster, HostOffset, refcount};
 use crate::storage::{Io, IoDst};
@@ -351,7 +352,10 @@ impl Refcounts {
     }
 
     /// Takes everything that changed for writing, as it is now.
-    pub fn collect_dirty(&self) -> DirtyRefcounts {
+    ///
+    /// It asks for the entries that were collected before it: counts taken earlier might miss clusters that these refer
+    /// to (M3), and so the wrong order does not compile.
+    pub fn collect_dirty(&self, _slices: &DirtySlices, _l1: &DirtyL1) -> DirtyRefcounts {
         self.with(|s| {
             let mut taken = DirtyRefcounts { table_at: s.table_offset, ..DirtyRefcounts::default() };
             for (&index, block) in &mut s.blocks {

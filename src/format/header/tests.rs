@@ -1,8 +1,13 @@
 //! Round trips, boundary values of each field, and what malformed headers are called.
 
-use super::extension::{BACKING_FORMAT, BITMAPS, DATA_FILE, ENCRYPTION, FEATURE_NAMES};
-use super::layout::FIELDS;
-use super::*;
+use super::{
+    AUTOCLEAR_BITMAPS, BackingName, Compression, Encryption, Header, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2,
+};
+use crate::error::{Error, Result};
+use crate::format::extension::{self, BACKING_FORMAT, BITMAPS, DATA_FILE, ENCRYPTION, Extension, FEATURE_NAMES};
+use crate::format::layout::{self, FIELDS, Field};
+use crate::format::{Geometry, HostOffset};
 
 fn plain(version: u32) -> Header {
     let (header_length, unknown_fields) = Header::new_length(version);
