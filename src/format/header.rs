@@ -34,6 +34,8 @@ const INCOMPATIBLE_KNOWN: u64 = INCOMPATIBLE_DIRTY
 
 /// Offset of size and L1 table together (a resize, or a switch to a snapshot, is one write of one sector).
 pub const OFFSET_SIZE: u64 = layout::SIZE.offset as u64;
+/// Bytes from there to the end of the snapshot table's offset: all roots, in one sector.
+pub const ROOTS_BYTES: usize = V2_LENGTH - layout::SIZE.offset;
 /// Offset of l1_size; l1_table_offset follows it.
 pub const OFFSET_L1_SIZE: u64 = layout::L1_SIZE.offset as u64;
 /// Offset of refcount_table_offset; refcount_table_clusters follows it.
@@ -367,6 +369,13 @@ impl Header {
             }
         }
         Ok(())
+    }
+
+    /// The bytes from [`OFFSET_SIZE`] on that say where everything is: size, L1 table, refcount table, snapshot table.
+    pub fn encode_roots(&self) -> [u8; ROOTS_BYTES] {
+        let mut bytes = vec![0; self.header_length as usize];
+        self.encode_fields(&mut bytes);
+        std::array::from_fn(|i| bytes[OFFSET_SIZE as usize + i])
     }
 
     /// Writes the header, its extensions and the backing file name. The result is at most one cluster long; what

@@ -18,6 +18,12 @@ impl Image {
         if self.status.any(POISONED) {
             return self.status.check_write();
         }
+        let _entered = self.enter_entry().await;
+        self.flush_entered(io).await
+    }
+
+    /// The flush itself, for who has entered the image already.
+    pub(super) async fn flush_entered<I: Io>(&self, io: &I) -> Result<()> {
         let tables = self.active();
         if let Err(e) = tables.flush(io).await {
             return Err(self.note_error(io, e).await);

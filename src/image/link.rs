@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::format::{ClusterState, GuestOffset, Host, L2Entry};
 use crate::storage::Io;
 use crate::tables::{Found, Tables};
-use crate::wait::ClaimFuture;
+use crate::wait::Claim;
 
 /// A new entry for a cluster.
 pub(super) struct Change {
@@ -24,10 +24,13 @@ pub(super) struct Change {
 impl Image {
     /// Claims all clusters that a range touches: what two changes in flight may not share is the CLUSTER, however
     /// little of it they change (scenarios, section 0 and R).
-    pub(super) fn claim_clusters(&self, at: GuestOffset, length: u64) -> ClaimFuture<'_> {
+    /// Whoever has them keeps out those who want to hold the image alone: its size and its L1 table stay.
+    pub(super) async fn claim_clusters(&self, at: GuestOffset, length: u64) -> Result<Claim<'_>> {
         let geometry = self.active().geometry;
         let (first, last) = (geometry.guest_cluster(at), geometry.guest_cluster(at.plus(length - 1)));
-        self.cluster_claims.claim(first.0..last.0 + 1)
+        let claim = self.cluster_claims.claim(first.0..last.0 + 1).await;
+        self.check_range(at, length)?; // the disk may have shrunk before the claim was had
+        Ok(claim)
     }
 
     /// Makes new entries of one slice visible at once, and releases what they no longer refer to. Whoever links a host

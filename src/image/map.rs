@@ -38,11 +38,11 @@ impl Image {
     /// The extent that starts at `offset`, at most `length` long. See [`Image::map`].
     pub async fn map_with<I: Io>(&self, io: &I, offset: GuestOffset, length: u64) -> Result<MapExtent> {
         self.status.check_read()?;
-        self.check_range(offset, length)?;
         if length == 0 {
             return Err(Error::Argument { name: "length", why: "must not be 0" });
         }
-        let _pin = self.pin();
+        let _pin = self.enter().await;
+        self.check_range(offset, length)?;
         let extent = match self.chain.resolve(io, offset, length).await {
             Ok(extent) => extent,
             Err(e) => return Err(self.note_error(io, e).await),

@@ -3,6 +3,8 @@
 //! Each operation exists twice: an `async fn ..._with(io, ...)`, which is the pipeline, generic over how I/O is done
 //! (queues, simulators), and a plain function that drives it in the calling thread with inline I/O.
 
+#[allow(dead_code)] // resize and snapshots are about to use all of it
+mod alone;
 pub mod backing;
 pub mod chain;
 pub mod create;
@@ -20,19 +22,19 @@ pub mod write;
 pub mod zero;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 
 use crate::alloc::Allocator;
-use crate::alloc::epoch::Pin;
 use crate::error::Result;
 use crate::format::{GuestOffset, Header};
 use crate::storage::{Blocking, IoDst, IoSrc, Storage};
 use crate::tables::Tables;
-use crate::wait::{Claims, block_on};
+use crate::wait::{Claims, block_on, lock};
 
 use chain::{Chain, Content};
 use open::HeldLock;
-use status::{CLOSED, CORRUPT, Counters, READ_ONLY, Status};
+use status::{CLOSED, CORRUPT, Counters, Status};
 
 pub use create::{create, create_with};
 pub use info::Info;
@@ -48,15 +50,16 @@ pub use zero::ZeroFlags;
 /// An open image. All calls take `&self` and may come from any number of threads at once.
 pub struct Image {
     chain: Chain, // empty if the image was opened to be inspected
-    header: Header,
-    size_bytes: u64,
+    header: Mutex<Arc<Header>>,
     lock: HeldLock,
     storage: Arc<dyn Storage>,
     path: PathBuf,
     allocator: Allocator,
     cluster_claims: Claims, // guest clusters that an allocating write works on
     table_claims: Claims,   // L1 entries whose L2 table is being made ours. Taken under a cluster claim, never before
-    header_claims: Claims,
+    header_claims: Claims,  // taken under all others
+    entries: Claims,        // requests that take neither a pin nor a cluster claim, one number each; see alone
+    next_entry: AtomicU64,
     status: Status,
     unmap: bool, // freed clusters are punched out of the file, and discards are followed
     counters: Counters,
@@ -76,13 +79,18 @@ impl Image {
     }
 
     /// Size of the guest disk in bytes.
+    #[inline]
     pub fn size(&self) -> u64 {
-        self.size_bytes
+        match self.chain.layers.first() {
+            Some(layer) => layer.size_bytes(),
+            None => self.header().size_bytes,
+        }
     }
 
-    /// The header as it was when the image was opened.
-    pub fn header(&self) -> &Header {
-        &self.header
+    /// The header as it was when the image was opened, with what has been changed by operations on the image since
+    /// (its size, its snapshots). It does not follow the refcount table.
+    pub fn header(&self) -> Arc<Header> {
+        lock(&self.header).clone()
     }
 
     /// The file that holds the image.
@@ -148,7 +156,7 @@ impl Image {
     /// Facts about the image. Nothing that it refers to is opened for that.
     pub fn info(&self) -> Info {
         let size = self.storage.size().unwrap_or(0);
-        let mut info = Info::new(&self.header, size, self.storage.allocated_bytes());
+        let mut info = Info::new(&self.header(), size, self.storage.allocated_bytes());
         info.corrupt |= self.status.any(CORRUPT);
         info
     }
@@ -173,12 +181,6 @@ impl Image {
             Content::Qcow2 { tables, .. } => tables,
             Content::Raw { .. } => unreachable!("the first file of a chain is the qcow2 image"),
         }
-    }
-
-    /// Pins the epoch, where clusters can be freed at all.
-    #[inline]
-    fn pin(&self) -> Option<Pin<'_>> {
-        (!self.status.any(READ_ONLY)).then(|| self.allocator.transfers.pin())
     }
 }
 

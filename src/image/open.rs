@@ -1,8 +1,8 @@
 //! Opening: the image, then its backing files, each verified before the next is looked for. Nothing is written.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::Image;
 use super::backing::{Folder, open_file};
@@ -85,8 +85,7 @@ impl Image {
         };
         Ok(Self {
             chain: Chain { layers },
-            size_bytes: header.size_bytes,
-            header,
+            header: Mutex::new(Arc::new(header)),
             lock: held,
             storage,
             path,
@@ -94,6 +93,8 @@ impl Image {
             cluster_claims: Claims::default(),
             table_claims: Claims::default(),
             header_claims: Claims::default(),
+            entries: Claims::default(),
+            next_entry: AtomicU64::new(0),
             status: Status::new(bits),
             unmap: options.discard == Discard::Unmap,
             counters: Counters::default(),

@@ -20,7 +20,7 @@ impl Image {
         let _only_one = self.header_claims.claim(0..1).await;
         self.status.check_write()?;
         if self.status.any(UNTOUCHED) {
-            if self.header.autoclear != 0 {
+            if self.header().autoclear != 0 {
                 let file = &self.active().file;
                 file.write_bytes(io, &[0; 8], HostOffset(OFFSET_AUTOCLEAR)).await?;
                 file.barrier(io).await?;
@@ -116,7 +116,8 @@ impl Image {
         let tables = self.active();
         let flushed = tables.flush(io).await;
         if tables.geometry.version >= 3 {
-            let bits = self.header.incompatible | INCOMPATIBLE_CORRUPT;
+            let _only_one = self.header_claims.claim(0..1).await;
+            let bits = self.header().incompatible | INCOMPATIBLE_CORRUPT;
             tables.file.write_bytes(io, &bits.to_be_bytes(), HostOffset(OFFSET_INCOMPATIBLE)).await?;
             // Through the gate: of two fdatasyncs at once only one may be told of an error.
             tables.sync(io).await?;

@@ -11,12 +11,12 @@ impl Image {
     pub async fn read_with<I: Io>(&self, io: &I, pieces: &[IoDst<'_>], offset: GuestOffset) -> Result<()> {
         self.status.check_read()?;
         let length = total_dst(pieces);
-        self.check_range(offset, length)?;
-        if length == 0 {
-            return Ok(());
-        }
         let result = {
-            let _pin = self.pin();
+            let _pin = self.enter().await;
+            self.check_range(offset, length)?;
+            if length == 0 {
+                return Ok(());
+            }
             self.chain.read(io, pieces, offset, length).await
         };
         match result {

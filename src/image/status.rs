@@ -18,6 +18,8 @@ pub const POISONED: u32 = 8;
 pub const CORRUPT: u32 = 16;
 /// Nothing has been written yet: the header may have to be changed first (O6).
 pub const UNTOUCHED: u32 = 32;
+/// Somebody holds the image alone, or waits until everybody else has left (see `alone`).
+pub const ALONE: u32 = 64;
 
 /// State of a handle.
 pub struct Status {
@@ -65,9 +67,9 @@ impl Status {
         if self.any(CLOSED | INSPECT) { Err(self.refusal()) } else { Ok(()) }
     }
 
-    /// Refuses writes where they cannot be. [`UNTOUCHED`] is no refusal.
+    /// Refuses writes where they cannot be. [`UNTOUCHED`] and [`ALONE`] are no refusals.
     pub fn check_write(&self) -> Result<()> {
-        if self.any(!UNTOUCHED) { Err(self.refusal()) } else { Ok(()) }
+        if self.any(!(UNTOUCHED | ALONE)) { Err(self.refusal()) } else { Ok(()) }
     }
 
     #[cold]

@@ -80,7 +80,8 @@ impl Image {
     ) -> Result<bool> {
         let tables = self.active();
         {
-            let _pin = self.allocator.transfers.pin();
+            let _pin = self.enter().await;
+            self.check_range(offset, length)?;
             if let Some(host) = tables.mapped(offset, length, true) {
                 tables.file.write(io, pieces, host).await?;
                 return Ok(false);
@@ -100,7 +101,8 @@ impl Image {
         let mut cursor = PieceCursor::new(pieces);
         let (mut at, mut left, mut allocated) = (offset, length, false);
         while left > 0 {
-            let pin = self.allocator.transfers.pin();
+            let pin = self.enter().await;
+            self.check_range(at, left)?;
             let n = match tables.run_in_place(at, left)? {
                 Found::Miss(slice) => {
                     drop(pin);
@@ -138,7 +140,7 @@ impl Image {
         length: u64,
     ) -> Result<()> {
         let tables = self.active();
-        let _claim = self.claim_clusters(at, length).await;
+        let _claim = self.claim_clusters(at, length).await?;
         self.own_l2_table(io, tables.geometry.l1_index(at)).await?;
         let mut steps = plan_steps(io, tables, at, length).await?;
         // What is filled in where a cluster of our own was zeroed must not meet a transfer from before that.
@@ -171,7 +173,7 @@ impl Image {
 
     /// Fills `part`, which is zero, with what the guest sees. Past the end of the image that is nothing: zeroes.
     async fn fetch_copy<I: Io>(&self, io: &I, part: &mut [u8], at: GuestOffset, length: u64) -> Result<()> {
-        let inside = length.min(self.size_bytes.saturating_sub(at.0));
+        let inside = length.min(self.size().saturating_sub(at.0));
         let mut done = 0;
         while done < inside {
             let extent = self.chain.resolve(io, at.plus(done), inside - done).await?;
@@ -269,12 +271,13 @@ fn assign_hosts(steps: &mut [Step], reservation: &Reservation<'_>) {
 }
 
 impl Image {
-    /// Refuses requests that reach past the end.
+    /// Refuses requests that reach past the end. What this says holds as long as the caller has entered the image, or
+    /// has a claim on clusters: the size may change in between.
     #[inline]
     pub(super) fn check_range(&self, offset: GuestOffset, length: u64) -> Result<()> {
         match offset.0.checked_add(length) {
-            Some(end) if end <= self.size_bytes => Ok(()),
-            _ => Err(Error::OutOfRange { offset: offset.0, length, size: self.size_bytes }),
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(Error::OutOfRange { offset: offset.0, length, size: self.size() }),
         }
     }
 }

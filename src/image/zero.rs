@@ -94,7 +94,7 @@ impl Image {
     async fn zero_piece<I: Io>(&self, io: &I, at: GuestOffset, length: u64, flags: ZeroFlags) -> Result<Vec<Rest>> {
         let tables = self.active();
         let geometry = tables.geometry;
-        let _claim = self.claim_clusters(at, length).await;
+        let _claim = self.claim_clusters(at, length).await?;
         self.own_l2_table(io, geometry.l1_index(at)).await?;
         let (mut changes, mut rest) = (Vec::new(), Vec::new());
         for (cluster_at, span) in self.clusters_of_piece(at, length) {
@@ -112,7 +112,7 @@ impl Image {
                 Outcome::Write => {
                     let first = u64::from(mask.trailing_zeros()) << geometry.subcluster_bits();
                     let whole = u64::from(mask.count_ones()) << geometry.subcluster_bits();
-                    let (at, n) = (cluster_at.plus(first), whole.min(self.size_bytes - cluster_at.0 - first));
+                    let (at, n) = (cluster_at.plus(first), whole.min(self.size() - cluster_at.0 - first));
                     rest.push(if has_edges { Rest::Again(at, n) } else { Rest::Data(at, n) });
                 }
             }
@@ -151,7 +151,7 @@ impl Image {
             };
             if write {
                 let from = span.start.max(start);
-                let to = span.end.min(start + size).min(self.size_bytes - cluster_at.0);
+                let to = span.end.min(start + size).min(self.size() - cluster_at.0);
                 data.push((cluster_at.plus(from), to - from));
             }
         }
@@ -162,7 +162,7 @@ impl Image {
     /// Whether all of a range reads as zeroes without looking at data.
     async fn reads_as_zeroes<I: Io>(&self, io: &I, at: GuestOffset, length: u64) -> Result<bool> {
         let mut at = at;
-        let end = self.size_bytes.min(at.0 + length);
+        let end = self.size().min(at.0 + length);
         while at.0 < end {
             let extent = self.chain.resolve(io, at, end - at.0).await?;
             if !matches!(extent.source, Source::Zero(_) | Source::Unallocated(_)) {
@@ -207,7 +207,7 @@ impl Image {
     async fn discard_piece<I: Io>(&self, io: &I, at: GuestOffset, length: u64) -> Result<()> {
         let tables = self.active();
         let geometry = tables.geometry;
-        let _claim = self.claim_clusters(at, length).await;
+        let _claim = self.claim_clusters(at, length).await?;
         self.own_l2_table(io, geometry.l1_index(at)).await?;
         let mut changes = Vec::new();
         for (cluster_at, span) in self.clusters_of_piece(at, length) {
@@ -233,7 +233,7 @@ impl Image {
     /// the end of its subcluster: nobody can see what lies past the end.
     fn clusters_of_piece(&self, at: GuestOffset, length: u64) -> impl Iterator<Item = (GuestOffset, Span)> {
         let geometry = self.active().geometry;
-        let (mut at, end, size) = (at, at.0 + length, self.size_bytes);
+        let (mut at, end, size) = (at, at.0 + length, self.size());
         std::iter::from_fn(move || {
             if at.0 >= end {
                 return None;

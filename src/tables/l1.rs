@@ -1,8 +1,11 @@
 //! The active L1 table, whole in memory.
+//!
+//! It can grow, and be replaced as a whole (a resize, a snapshot that is applied), without a lock on the side of the
+//! readers: entries live in segments that are added and never moved. Each one is as large as all before it.
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use super::file::HostFile;
 use crate::error::{Error, Result};
@@ -12,11 +15,15 @@ use crate::wait::lock;
 
 /// Entries in a sector of the disk: what is written back at once, because a sector is written as a whole or not.
 const ENTRIES_PER_SECTOR: u64 = 512 / 8;
+/// Segments after the first: enough for any table from a first segment of one entry.
+const MORE_SEGMENTS: usize = 32;
 
 /// The active L1 table. Reads take no lock; changes are made by the holder of the table's claim.
 pub struct L1Table {
-    entries: Box<[AtomicU64]>,
-    offset: HostOffset,
+    first: Box<[AtomicU64]>,
+    more: [OnceLock<Box<[AtomicU64]>>; MORE_SEGMENTS],
+    count: AtomicU64,
+    offset: AtomicU64,
     dirty_sectors: Mutex<BTreeSet<u64>>,
 }
 
@@ -24,6 +31,7 @@ pub struct L1Table {
 pub struct DirtyL1 {
     /// Sector number and its bytes.
     pub sectors: Vec<(u64, Vec<u8>)>,
+    table_at: HostOffset,
 }
 
 impl L1Table {
@@ -36,34 +44,100 @@ impl L1Table {
             return Err(Error::Header { field: "l1_table_offset", value: offset.0, expected });
         }
         let words = bytes.chunks_exact(8).map(super::word);
-        Ok(Self { entries: words.map(AtomicU64::new).collect(), offset, dirty_sectors: Mutex::default() })
+        Ok(Self::new(words.collect(), offset))
+    }
+
+    fn new(entries: Vec<u64>, offset: HostOffset) -> Self {
+        Self {
+            count: AtomicU64::new(entries.len() as u64),
+            first: entries.into_iter().map(AtomicU64::new).collect(),
+            more: [const { OnceLock::new() }; MORE_SEGMENTS],
+            offset: AtomicU64::new(offset.0),
+            dirty_sectors: Mutex::default(),
+        }
     }
 
     /// Number of entries.
     pub fn count(&self) -> u64 {
-        self.entries.len() as u64
+        self.count.load(Ordering::Acquire)
+    }
+
+    fn offset(&self) -> HostOffset {
+        HostOffset(self.offset.load(Ordering::Acquire))
     }
 
     /// The entry as stored; 0 past the end of the table.
     #[inline]
     pub fn get(&self, index: L1Index) -> u64 {
-        self.entries.get(index.0 as usize).map_or(0, |e| e.load(Ordering::Acquire))
+        let entry = match self.first.get(index.0 as usize) {
+            Some(entry) => Some(entry),
+            None => self.entry_in_more(index.0),
+        };
+        entry.map_or(0, |e| e.load(Ordering::Acquire))
+    }
+
+    /// An entry past the first segment, if there is room for it. Segment `k` begins where there are 2^k times as many
+    /// entries before it as in the first.
+    #[cold]
+    fn entry_in_more(&self, index: u64) -> Option<&AtomicU64> {
+        let (segment, start) = self.segment_of(index);
+        self.more.get(segment)?.get()?.get((index - start) as usize)
+    }
+
+    /// Number and first entry of the segment that holds entry `index`, which is past the first.
+    fn segment_of(&self, index: u64) -> (usize, u64) {
+        let first = (self.first.len() as u64).max(1);
+        let segment = (index / first).max(1).ilog2();
+        (segment as usize, if segment == 0 { self.first.len() as u64 } else { first << segment })
+    }
+
+    fn entry(&self, index: u64) -> &AtomicU64 {
+        if let Some(entry) = self.first.get(index as usize) {
+            return entry;
+        }
+        let (segment, start) = self.segment_of(index);
+        let end = (self.first.len() as u64).max(1) << (segment + 1);
+        let entries = self.more[segment].get_or_init(|| (start..end).map(|_| AtomicU64::new(0)).collect());
+        &entries[(index - start) as usize]
+    }
+
+    /// Replaces the whole table by one that lies, with these entries, at `offset`, and is referred to by the header
+    /// already. Only for who holds the image alone, with nothing of the old table waiting to be written.
+    pub fn replace(&self, offset: HostOffset, entries: &[u64]) {
+        let mut dirty = lock(&self.dirty_sectors);
+        debug_assert!(dirty.is_empty(), "changes of a table that is replaced are lost");
+        dirty.clear();
+        let count = entries.len() as u64;
+        for (index, &entry) in entries.iter().enumerate() {
+            self.entry(index as u64).store(entry, Ordering::Release);
+        }
+        for index in count..self.count() {
+            self.entry(index).store(0, Ordering::Release);
+        }
+        self.count.store(count, Ordering::Release);
+        self.offset.store(offset.0, Ordering::Release);
+    }
+
+    /// All entries as they are now.
+    pub fn entries(&self) -> Vec<u64> {
+        (0..self.count()).map(|index| self.get(L1Index(index))).collect()
     }
 
     /// Host offset of an entry, to name it in errors.
     pub fn entry_offset(&self, index: L1Index) -> HostOffset {
-        self.offset.plus(index.0 * 8)
+        self.offset().plus(index.0 * 8)
     }
 
     /// Host range of the table.
     pub fn host_range(&self) -> std::ops::Range<HostOffset> {
-        self.offset..self.offset.plus(self.count() * 8)
+        self.offset()..self.offset().plus(self.count() * 8)
     }
 
     /// Publishes a new entry in memory; it reaches the disk with the next write-back.
     pub fn set(&self, index: L1Index, entry: u64) {
         let mut dirty = lock(&self.dirty_sectors);
-        self.entries[index.0 as usize].store(entry, Ordering::Release);
+        assert!(index.0 < self.count(), "an L1 entry past the end of the table");
+        self.entry(index.0).store(entry, Ordering::Release);
         dirty.insert(index.0 / ENTRIES_PER_SECTOR);
     }
 
@@ -71,13 +145,14 @@ impl L1Table {
     pub fn collect_dirty(&self) -> DirtyL1 {
         let mut dirty = lock(&self.dirty_sectors);
         let sectors = std::mem::take(&mut *dirty);
-        DirtyL1 { sectors: sectors.into_iter().map(|s| (s, self.sector_bytes(s))).collect() }
+        let sectors = sectors.into_iter().map(|s| (s, self.sector_bytes(s))).collect();
+        DirtyL1 { sectors, table_at: self.offset() }
     }
 
     fn sector_bytes(&self, sector: u64) -> Vec<u8> {
-        let first = (sector * ENTRIES_PER_SECTOR) as usize;
-        let last = self.entries.len().min(first + ENTRIES_PER_SECTOR as usize);
-        self.entries[first..last].iter().flat_map(|e| e.load(Ordering::Acquire).to_be_bytes()).collect()
+        let first = sector * ENTRIES_PER_SECTOR;
+        let last = self.count().min(first + ENTRIES_PER_SECTOR);
+        (first..last).flat_map(|index| self.get(L1Index(index)).to_be_bytes()).collect()
     }
 
     /// Marks sectors as changed again whose write failed.
@@ -88,8 +163,35 @@ impl L1Table {
     /// Writes collected sectors.
     pub async fn write<I: Io>(&self, io: &I, file: &HostFile, dirty: &DirtyL1) -> Result<()> {
         for (sector, bytes) in &dirty.sectors {
-            file.write_bytes(io, bytes, self.offset.plus(sector * 512)).await?;
+            file.write_bytes(io, bytes, dirty.table_at.plus(sector * 512)).await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_of_all_lengths_can_follow_each_other() {
+        for first in [0u64, 1, 2, 3, 64, 100] {
+            let table = L1Table::new((0..first).collect(), HostOffset(512));
+            for (round, count) in [0, 1, 2, 5, 3, 64, 1000, 65, 4097, 0, 7].into_iter().enumerate() {
+                let entry = |index: u64| (index + 1) * 1000 + round as u64;
+                let entries: Vec<u64> = (0..count).map(entry).collect();
+                table.replace(HostOffset(round as u64 * 512), &entries);
+                assert_eq!((table.count(), table.entries()), (count, entries));
+                let past: Vec<u64> = (count..5000).map(|index| table.get(L1Index(index))).collect();
+                assert!(past.iter().all(|&entry| entry == 0), "old entries show up past the end");
+                if count > 0 {
+                    table.set(L1Index(count - 1), 42);
+                    let dirty = table.collect_dirty();
+                    let (sector, bytes) = &dirty.sectors[0];
+                    assert_eq!((*sector, &bytes[bytes.len() - 8..]), ((count - 1) / 64, &42u64.to_be_bytes()[..]));
+                    assert_eq!(dirty.table_at, HostOffset(round as u64 * 512));
+                }
+            }
+        }
     }
 }

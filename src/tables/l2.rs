@@ -8,8 +8,9 @@
 //! A slot is clean, DIRTY, WRITING, or both: a slice that changes while it is being written stays dirty (M5), and
 //! one that is being written cannot be evicted, because a reload would race the write.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Mutex, OnceLock};
 
 use crate::format::{Geometry, L2Entry, SliceIndex};
 use crate::wait::lock;
@@ -30,7 +31,7 @@ struct Inner {
 /// The cache. Its memory is reserved at once and only touched as it fills.
 pub struct L2Cache {
     geometry: Geometry,
-    holds_disk: bool, // there is a slot for every slice that the disk has
+    holds_disk: AtomicBool, // there is a slot for every slice that the disk has
     ways: usize,
     set_bits: u32,
     words_per_slice: usize,
@@ -102,10 +103,57 @@ fn zeroed_words(n: usize) -> Box<[AtomicU64]> {
     unsafe { words.assume_init() }
 }
 
+/// Slots that a disk of this size can make use of.
+fn useful_slots(geometry: Geometry, disk_bytes: u64) -> u64 {
+    disk_bytes.div_ceil(geometry.slice_covers_bytes()).max(4).next_power_of_two()
+}
+
+/// The cache of an image whose disk can become larger: a cache for the disk as it was at open, and one of the whole
+/// budget that takes its place once the disk has outgrown the first. Both are there to the end, so that readers need
+/// no lock to know which one counts; together they take less than twice the budget, as a rule much less.
+pub struct L2Slices {
+    at_open: L2Cache,
+    grown: OnceLock<Box<L2Cache>>,
+    has_grown: AtomicBool,
+    budget_bytes: u64,
+}
+
+impl L2Slices {
+    /// See [`L2Cache::new`].
+    pub fn new(geometry: Geometry, budget_bytes: u64, disk_bytes: u64) -> Self {
+        let at_open = L2Cache::new(geometry, budget_bytes, disk_bytes);
+        Self { at_open, grown: OnceLock::new(), has_grown: AtomicBool::new(false), budget_bytes }
+    }
+
+    /// Follows the disk to another size. Only for who holds the image alone, with no slice dirty.
+    pub fn fit(&self, disk_bytes: u64) {
+        let geometry = self.geometry;
+        let useful = useful_slots(geometry, disk_bytes);
+        if useful > self.slots() as u64 && !self.has_grown.load(Ordering::Relaxed) {
+            self.forget_all();
+            self.grown.get_or_init(|| Box::new(L2Cache::new(geometry, self.budget_bytes, u64::MAX >> 1)));
+            self.has_grown.store(true, Ordering::Release);
+        }
+        self.holds_disk.store(useful <= self.slots() as u64, Ordering::Relaxed);
+    }
+}
+
+impl Deref for L2Slices {
+    type Target = L2Cache;
+
+    #[inline]
+    fn deref(&self) -> &L2Cache {
+        match self.has_grown.load(Ordering::Acquire) {
+            false => &self.at_open,
+            true => self.grown.get().map_or(&self.at_open, |grown| grown),
+        }
+    }
+}
+
 impl L2Cache {
     /// A cache of at most `budget_bytes` of slices (at least four), no larger than the disk needs.
     pub fn new(geometry: Geometry, budget_bytes: u64, disk_bytes: u64) -> Self {
-        let useful = disk_bytes.div_ceil(geometry.slice_covers_bytes()).max(4).next_power_of_two();
+        let useful = useful_slots(geometry, disk_bytes);
         let affordable = (budget_bytes / geometry.slice_bytes()).clamp(4, useful);
         // Powers of two that stay within the budget; what the disk needs fits without a slice too many in any set.
         let slots = 1usize << affordable.ilog2();
@@ -114,7 +162,7 @@ impl L2Cache {
         let words_per_slice = (geometry.slice_bytes() / 8) as usize;
         Self {
             geometry,
-            holds_disk: affordable == useful,
+            holds_disk: AtomicBool::new(affordable == useful),
             ways,
             set_bits: sets.trailing_zeros(),
             words_per_slice,
@@ -273,10 +321,19 @@ impl L2Cache {
         }
     }
 
+    /// Drops everything from the cache. Nothing in it may be dirty.
+    pub fn forget_all(&self) {
+        let inner = lock(&self.inner);
+        for slot in (0..self.slots()).filter(|&slot| self.keys[slot].load(Ordering::Relaxed) != 0) {
+            debug_assert_eq!(inner.flags[slot], 0, "a slice with changes is dropped");
+            self.change(slot, |_| self.keys[slot].store(0, Ordering::Relaxed));
+        }
+    }
+
     /// Whether so many slices are dirty that they should be written before a slot is needed. Never in a cache that
     /// holds the whole disk: nothing is ever evicted from that, and a pass costs a barrier.
     pub fn wants_write_back(&self) -> bool {
-        !self.holds_disk && self.dirty_count() * 2 > self.slots()
+        !self.holds_disk.load(Ordering::Relaxed) && self.dirty_count() * 2 > self.slots()
     }
 
     /// Number of dirty slices.
@@ -376,6 +433,25 @@ mod tests {
             assert!((0..slices).all(|i| cache.look(SliceIndex(i), |_| ()).is_some()), "{slices} slices");
             assert!(!cache.wants_write_back());
         }
+    }
+
+    #[test]
+    fn a_disk_that_grows_gets_the_whole_budget() {
+        let covers = G.slice_covers_bytes();
+        let cache = L2Slices::new(G, 64 * 4096, 4 * covers);
+        assert_eq!(cache.slots(), 4);
+        assert!(cache.install(SliceIndex(1), &[1; 4096]));
+        cache.fit(3 * covers);
+        assert!(cache.look(SliceIndex(1), |_| ()).is_some(), "it still fits");
+        cache.fit(5 * covers);
+        assert_eq!((cache.slots(), cache.wants_write_back()), (64, false));
+        assert!(cache.look(SliceIndex(1), |_| ()).is_none());
+        for i in 0..64 {
+            assert!(cache.install(SliceIndex(i), &[0; 4096]) && cache.update(SliceIndex(i), &[(0, entry(i))]));
+        }
+        assert!(!cache.wants_write_back());
+        cache.fit(65 * covers);
+        assert_eq!((cache.slots(), cache.wants_write_back()), (64, true));
     }
 
     #[test]

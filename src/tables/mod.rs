@@ -8,6 +8,7 @@ pub mod order;
 pub mod refcounts;
 
 use std::ops::{ControlFlow, Range};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::l2::{COPIED, decode_l1};
@@ -19,7 +20,7 @@ use crate::wait::Claims;
 
 use file::HostFile;
 use l1::L1Table;
-use l2::{L2Cache, SliceView};
+use l2::{L2Slices, SliceView};
 use order::Order;
 use refcounts::Refcounts;
 
@@ -45,14 +46,33 @@ pub struct Tables {
     /// The active L1 table.
     pub l1: L1Table,
     /// Cached L2 slices.
-    pub l2: L2Cache,
+    pub l2: L2Slices,
     /// Cached refcounts.
     pub refcounts: Refcounts,
     /// What reaches the disk when.
     pub order: Order,
     slice_loads: Claims,
-    size_bytes: u64,
-    metadata: [Range<u64>; 4], // host clusters that no L1 or L2 entry may point to; see is_metadata
+    size_bytes: AtomicU64,
+    metadata: [ClusterRange; 4], // host clusters that no L1 or L2 entry may point to; see is_metadata
+}
+
+/// A range of host clusters that changes only while somebody holds the image alone.
+#[derive(Default)]
+struct ClusterRange {
+    start: AtomicU64,
+    end: AtomicU64,
+}
+
+impl ClusterRange {
+    #[inline]
+    fn contains(&self, cluster: u64) -> bool {
+        self.start.load(Ordering::Relaxed) <= cluster && cluster < self.end.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, range: &Range<u64>) {
+        self.start.store(range.start, Ordering::Relaxed);
+        self.end.store(range.end, Ordering::Relaxed);
+    }
 }
 
 /// Clusters of the header and of what it points to. (Of the snapshot table, whose length it does not tell, the first.)
@@ -80,22 +100,47 @@ impl Tables {
         refcount_cache_bytes: u64,
     ) -> Result<Self> {
         let l1 = L1Table::load(io, &file, header.l1_offset, u64::from(header.l1_entries)).await?;
-        Ok(Self {
+        let tables = Self {
             geometry: header.geometry,
-            l2: L2Cache::new(header.geometry, l2_cache_bytes, header.size_bytes),
+            l2: L2Slices::new(header.geometry, l2_cache_bytes, header.size_bytes),
             refcounts: Refcounts::new(header, &l1, refcount_cache_bytes),
             order: Order::default(),
             slice_loads: Claims::default(),
-            size_bytes: header.size_bytes,
-            metadata: metadata_clusters(header),
+            size_bytes: AtomicU64::new(header.size_bytes),
+            metadata: Default::default(),
             file,
             l1,
-        })
+        };
+        tables.note_metadata(header);
+        Ok(tables)
     }
 
     /// Size of the guest disk.
+    #[inline]
     pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    fn note_metadata(&self, header: &Header) {
+        for (range, clusters) in self.metadata.iter().zip(metadata_clusters(header)) {
+            range.set(&clusters);
+        }
+    }
+
+    /// Follows a header that has been written: another size, L1 table or snapshot table. With `l1_entries`, the L1
+    /// table is another one, and nothing that was cached of the old one's L2 tables counts any more. Only for who holds
+    /// the image alone, with nothing of the old tables waiting to be written.
+    pub async fn follow_header(&self, header: &Header, l1_entries: Option<&[u64]>) {
+        let _gate = self.order.hold_gate().await;
+        let _loading = self.slice_loads.claim_all().await;
+        if let Some(entries) = l1_entries {
+            self.l2.forget_all();
+            self.l1.replace(header.l1_offset, entries);
+        }
+        self.l2.fit(header.size_bytes);
+        self.refcounts.follow_header(header, &self.l1);
+        self.note_metadata(header);
+        self.size_bytes.store(header.size_bytes, Ordering::Release);
     }
 
     /// The mapped path: host offset of a range that lies inside one cluster, is all plain data, and whose slice is
@@ -160,7 +205,7 @@ impl Tables {
     /// old clusters are no longer, and the new ones are not known here.
     #[inline]
     fn is_metadata(&self, cluster: HostCluster) -> bool {
-        let found = self.metadata.iter().position(|range| range.contains(&cluster.0));
+        let found = self.metadata.iter().position(|range| range.contains(cluster.0));
         found.is_some_and(|index| index < 3 || !self.refcounts.has_moved())
     }
 
@@ -232,7 +277,7 @@ impl Tables {
         let decoded = decode_l1(entry, self.geometry).and_then(|(table, ours)| {
             let cluster = self.geometry.host_cluster(table);
             // Not the snapshot table: if that is where something is wrong, the disk can still be read.
-            let in_snapshots = self.metadata[2].contains(&cluster.0);
+            let in_snapshots = self.metadata[2].contains(cluster.0);
             if table.0 != 0 && !in_snapshots && self.is_metadata(cluster) {
                 Err(CorruptionKind::L2TableInMetadata)
             } else {

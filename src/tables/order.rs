@@ -23,7 +23,7 @@ use super::l2::DirtySlices;
 use super::refcounts::DirtyRefcounts;
 use crate::error::Result;
 use crate::storage::Io;
-use crate::wait::Claims;
+use crate::wait::{ClaimFuture, Claims};
 
 /// Numbers of changes and flushes.
 #[derive(Default)]
@@ -40,6 +40,11 @@ impl Order {
     /// Numbers a change that has been made to an L2 slice or the L1 table in memory.
     pub fn number_change(&self) -> u64 {
         self.changes.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// Keeps passes out.
+    pub(super) fn hold_gate(&self) -> ClaimFuture<'_> {
+        self.gate.claim(0..1)
     }
 
     /// All changes up to this number are durable.

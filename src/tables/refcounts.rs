@@ -222,6 +222,11 @@ impl RefcountState {
         ranges.any(|r| r.start < run.end && run.start < r.end)
     }
 
+    /// Where the table is, and its length in clusters: what the header says once nothing waits to be written.
+    pub fn root(&self) -> (HostOffset, u64) {
+        (self.table_offset, self.table_clusters)
+    }
+
     /// Number of blocks that wait for being written.
     pub fn dirty_blocks(&self) -> usize {
         self.blocks.values().filter(|b| !b.dirty.is_empty()).count()
@@ -244,18 +249,23 @@ impl RefcountState {
     }
 }
 
+/// Clusters of the header and of the tables that it points to, except the refcount table.
+fn fixed_clusters(header: &Header, l1: &L1Table) -> Vec<Range<u64>> {
+    let geometry = header.geometry;
+    let clusters =
+        |from: HostOffset, to: HostOffset| geometry.host_cluster(from).0..to.0.div_ceil(geometry.cluster_size_bytes());
+    let l1 = l1.host_range();
+    let mut fixed = vec![0..1, clusters(l1.start, l1.end)];
+    if header.snapshots > 0 {
+        fixed.push(clusters(header.snapshots_offset, header.snapshots_offset.plus(1)));
+    }
+    fixed
+}
+
 impl Refcounts {
     /// A cache of at most `budget_bytes` of blocks.
     pub fn new(header: &Header, l1: &L1Table, budget_bytes: u64) -> Self {
         let geometry = header.geometry;
-        let clusters = |from: HostOffset, to: HostOffset| {
-            geometry.host_cluster(from).0..to.0.div_ceil(geometry.cluster_size_bytes())
-        };
-        let l1 = l1.host_range();
-        let mut fixed = vec![0..1, clusters(l1.start, l1.end)];
-        if header.snapshots > 0 {
-            fixed.push(clusters(header.snapshots_offset, header.snapshots_offset.plus(1)));
-        }
         let blocks_max = (budget_bytes / geometry.cluster_size_bytes()) as usize;
         let state = RefcountState {
             geometry,
@@ -269,12 +279,17 @@ impl Refcounts {
             blocks: HashMap::new(),
             blocks_max: blocks_max.max(BLOCKS_MIN),
             clock: 0,
-            fixed,
+            fixed: fixed_clusters(header, l1),
             give_back: Vec::new(),
             hint: HostCluster(0),
             run_hint: HostCluster(0),
         };
         Self { state: Mutex::new(state), loads: Claims::default(), has_moved: AtomicBool::new(false) }
+    }
+
+    /// Follows a header that has been written: its L1 and snapshot tables are elsewhere.
+    pub fn follow_header(&self, header: &Header, l1: &L1Table) {
+        self.with(|state| state.fixed = fixed_clusters(header, l1));
     }
 
     /// Whether the table has left the place where it was at open. Its clusters there may then hold anything.

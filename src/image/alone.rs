@@ -1,0 +1,230 @@
+//! Holding the image alone (M10): what changes its structure as a whole (its size, its L1 table, its snapshots) waits
+//! until every request under way has ended, and lets none begin until it is done.
+//!
+//! There are three ways into the image, and each has its door:
+//!
+//! ```text
+//! reads and writes in place    pin the epoch of transfers, then look whether ALONE is set     Image::enter
+//! whatever changes entries     claims the clusters                                           Image::claim_clusters
+//! flushes                      claim a number of their own                                   Image::enter_entry
+//! ```
+//! Who wants the image alone closes them from the last to the first: flushes wait for no other request, and claims on
+//! clusters are never waited for by who has a pin, so no circle can close (M8).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::Image;
+use super::status::{ALONE, READ_ONLY};
+use crate::alloc::epoch::Pin;
+use crate::error::Result;
+use crate::format::header::OFFSET_SIZE;
+use crate::format::{Header, HostOffset};
+use crate::image::options::LogLevel;
+use crate::storage::Io;
+use crate::tables::Tables;
+use crate::wait::{Claim, lock};
+
+/// The image, held alone: no other request is under way, and none begins. Dropping it lets them in again.
+pub(super) struct Alone<'a> {
+    image: &'a Image,
+    _clusters: Claim<'a>,
+    _entries: Claim<'a>,
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        // Before the claims go: who waited for them looks at the bit again.
+        self.image.status.clear(ALONE);
+    }
+}
+
+impl Image {
+    /// Enters the image for a transfer: pins the epoch, where clusters can be freed at all, or waits until nobody
+    /// holds the image alone. Until the pin goes, size and L1 table stay what they are.
+    #[inline]
+    pub(super) async fn enter(&self) -> Option<Pin<'_>> {
+        loop {
+            if self.status.any(READ_ONLY) {
+                return None; // nothing ever changes
+            }
+            let pin = self.allocator.transfers.pin();
+            if !self.status.any(ALONE) {
+                return Some(pin);
+            }
+            drop(pin);
+            drop(self.enter_entry().await);
+        }
+    }
+
+    /// Enters the image without a pin and without a claim on clusters. Not to be waited for by who has one of them.
+    pub(super) async fn enter_entry(&self) -> Claim<'_> {
+        let number = self.next_entry.fetch_add(1, Ordering::Relaxed);
+        self.entries.claim(number..number + 1).await
+    }
+
+    /// Waits until every request under way has ended, and keeps the image until what it returns is dropped. What was
+    /// acknowledged is durable then, and no table has changes that wait to be written. Refused where the image may not
+    /// be written.
+    pub(super) async fn hold_alone<I: Io>(&self, io: &I) -> Result<Alone<'_>> {
+        self.prepare_write(io).await?;
+        let entries = self.entries.claim_all().await;
+        let clusters = self.cluster_claims.claim_all().await;
+        // From here on dropping it, at whatever point, lets everybody in again.
+        let alone = Alone { image: self, _clusters: clusters, _entries: entries };
+        self.status.set(ALONE);
+        self.allocator.transfers.passed(self.allocator.transfers.removed_at()).await;
+        self.status.check_write()?;
+        alone.flush(io).await?;
+        Ok(alone)
+    }
+}
+
+impl Alone<'_> {
+    /// The image's own tables.
+    pub(super) fn tables(&self) -> &Tables {
+        self.image.active()
+    }
+
+    /// As [`Image::flush`]: everything is durable, and what was released before is free.
+    pub(super) async fn flush<I: Io>(&self, io: &I) -> Result<()> {
+        self.image.flush_entered(io).await
+    }
+
+    /// Switches the roots of the image: size, L1 table, snapshot table, as `change` sets them in the header. One write
+    /// of one sector, so that a crash leaves the old ones or the new ones (D1), and durable when this returns.
+    /// `l1_entries` are the entries of the L1 table at its new place, where that changes.
+    ///
+    /// The caller has made durable what the new roots refer to ([`Alone::flush`] does), and has nothing of the old
+    /// tables waiting to be written. After an error the old roots are in force, or the handle writes no more.
+    pub(super) async fn switch_roots<I: Io>(
+        &self,
+        io: &I,
+        change: impl FnOnce(&mut Header),
+        l1_entries: Option<&[u64]>,
+    ) -> Result<()> {
+        let image = self.image;
+        let tables = self.tables();
+        let _only_one = image.header_claims.claim(0..1).await;
+        image.status.check_write()?;
+        let old = image.header();
+        let mut new = (*old).clone();
+        change(&mut new);
+        // Where the refcount table is belongs to the passes; none is under way, and nothing waits for the next.
+        let (at, clusters) = tables.refcounts.with(|state| state.root());
+        new.refcount_table_offset = at;
+        new.refcount_table_clusters = clusters as u32;
+        if let Err(e) = self.write_roots(io, &new).await {
+            let back = Header {
+                refcount_table_offset: new.refcount_table_offset,
+                refcount_table_clusters: new.refcount_table_clusters,
+                ..(*old).clone()
+            };
+            if self.write_roots(io, &back).await.is_err() {
+                image.poison(
+                    "a root of the image was being switched when writing failed, and which one is on disk is unknown",
+                );
+                image.log(LogLevel::Error, "neither the new nor the old roots of the image could be written");
+            }
+            return Err(e);
+        }
+        tables.follow_header(&new, l1_entries).await;
+        *lock(&image.header) = Arc::new(new);
+        Ok(())
+    }
+
+    async fn write_roots<I: Io>(&self, io: &I, header: &Header) -> Result<()> {
+        self.tables().file.write_bytes(io, &header.encode_roots(), HostOffset(OFFSET_SIZE)).await?;
+        self.tables().sync(io).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::format::GuestOffset;
+    use crate::image::{CreateOptions, OpenOptions, ZeroFlags, create_with};
+    use crate::storage::memory::MemoryStorage;
+    use crate::storage::{Blocking, Storage};
+    use crate::wait::block_on;
+
+    fn image(size: u64) -> (Arc<MemoryStorage>, Image) {
+        let storage = Arc::new(MemoryStorage::default());
+        block_on(create_with(&Blocking, &*storage, size, &CreateOptions::default())).unwrap();
+        let image = Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap();
+        (storage, image)
+    }
+
+    #[test]
+    fn nobody_else_is_in_an_image_that_is_held_alone() {
+        let (_, image) = image(64 << 20);
+        let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let (image, done, stop) = (&image, &done, &stop);
+                scope.spawn(move || {
+                    let mut buffer = [thread as u8; 4096];
+                    for i in 0u64.. {
+                        if stop.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        let at = (i * 7919 + thread * 100) % 1000 * 65536;
+                        match (i + thread) % 5 {
+                            0 => image.pwrite(&buffer, at).unwrap(),
+                            1 => image.pread(&mut buffer, at).unwrap(),
+                            2 => image.write_zeroes(at, 65536, ZeroFlags::default()).unwrap(),
+                            3 => drop(image.map(GuestOffset(at), 65536).unwrap()),
+                            _ => image.flush().unwrap(),
+                        }
+                        done.fetch_add(1, Ordering::SeqCst);
+                    }
+                });
+            }
+            for _ in 0..30 {
+                let alone = block_on(image.hold_alone(&Blocking)).unwrap();
+                std::thread::sleep(Duration::from_millis(1)); // who is on the way out counts itself
+                let before = done.load(Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(1));
+                assert_eq!(done.load(Ordering::SeqCst), before, "a request ended meanwhile");
+                assert_eq!((alone.tables().l2.dirty_count(), image.status.any(ALONE)), (0, true));
+                drop(alone);
+                while done.load(Ordering::SeqCst) == before {
+                    std::thread::yield_now();
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        image.close().unwrap();
+    }
+
+    #[test]
+    fn a_switched_root_is_what_the_next_handle_finds() {
+        let (storage, image) = image(3 << 20);
+        image.pwrite(&[7; 512], 1 << 20).unwrap();
+        let alone = block_on(image.hold_alone(&Blocking)).unwrap();
+        block_on(alone.switch_roots(&Blocking, |header| header.size_bytes = 2 << 20, None)).unwrap();
+        drop(alone);
+        assert_eq!((image.size(), image.header().size_bytes), (2 << 20, 2 << 20));
+        assert!(image.pread(&mut [0; 512], 2 << 20).is_err(), "past the end");
+        image.close().unwrap();
+        let image = Image::open_storage(storage, &OpenOptions::default()).unwrap();
+        let mut buffer = [0; 512];
+        image.pread(&mut buffer, 1 << 20).unwrap();
+        assert_eq!((image.size(), buffer), (2 << 20, [7; 512]));
+    }
+
+    #[test]
+    fn an_image_that_takes_no_writes_cannot_be_held_alone() {
+        let (storage, image) = image(1 << 20);
+        image.poison("of the test");
+        assert!(block_on(image.hold_alone(&Blocking)).is_err());
+        drop(image);
+        let options = OpenOptions { read_only: true, ..Default::default() };
+        let image = Image::open_storage(storage as Arc<dyn Storage>, &options).unwrap();
+        assert!(block_on(image.hold_alone(&Blocking)).is_err());
+        image.pread(&mut [0; 512], 0).unwrap();
+    }
+}
