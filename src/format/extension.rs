@@ -3,6 +3,7 @@
 //! Extensions are kept as they were found, in their order, so that a header that is written again carries what this
 //! library does not know. What it does know is read out of them by the functions here.
 
+use super::bitmap::{BITMAPS_MAX, DIRECTORY_BYTES_MAX};
 use super::geometry::Geometry;
 use crate::error::{Error, Result};
 
@@ -23,8 +24,6 @@ pub const DATA_FILE: u32 = 0x4441_5441;
 const BACKING_FORMAT_MAX: usize = 15;
 /// Longest name of an external data file.
 const DATA_FILE_MAX: usize = 1023;
-/// Most bitmaps that QEMU supports.
-const BITMAPS_MAX: u64 = 65535;
 /// Type and length before the data.
 const HEAD_BYTES: usize = 8;
 /// Type, bit number, and a name of 46 bytes.
@@ -210,9 +209,9 @@ pub fn bitmaps(extensions: &[Extension], geometry: Geometry) -> Result<BitmapsPo
     if reserved != 0 {
         return wrong("reserved field of the bitmaps extension", reserved, "0");
     }
-    // An entry has 24 bytes before its name and padding, and at most 1023 + 7 + the same again of extra data.
-    if bytes < count * 24 || bytes > BITMAPS_MAX * 2048 {
-        return wrong("bitmap_directory_size", bytes, "at least 24 bytes for each bitmap, at most 2048");
+    // An entry has 24 bytes before its name, which is not empty, and padding.
+    if bytes < count * 32 || bytes > DIRECTORY_BYTES_MAX {
+        return wrong("bitmap_directory_size", bytes, "at least 32 bytes for each bitmap, at most 67107840 in all");
     }
     if offset == 0 || offset % geometry.cluster_size_bytes() != 0 {
         return wrong("bitmap_directory_offset", offset, "a multiple of the cluster size, and not 0");

@@ -1,5 +1,6 @@
 //! PURE: bytes <-> values. Every on-disk structure is declared once, here. Knows nothing of I/O.
 
+pub mod bitmap;
 pub mod extension;
 pub mod geometry;
 pub mod header;
