@@ -147,6 +147,17 @@ pub enum Error {
         /// What it should have been.
         expected: &'static str,
     },
+    /// An entry of the snapshot table is malformed.
+    SnapshotTable {
+        /// Number of the entry, from 0.
+        entry: u32,
+        /// Name of the field in the specification.
+        field: &'static str,
+        /// The value found.
+        value: u64,
+        /// What it should have been.
+        expected: &'static str,
+    },
     /// The file does not start with the qcow2 magic.
     NotQcow2 {
         /// The first four bytes.
@@ -297,7 +308,7 @@ pub enum ErrorCode {
     Io = 1,
     /// [`Error::Corrupt`] and [`Error::MarkedCorrupt`].
     Corrupt = 2,
-    /// [`Error::Header`] and [`Error::BitmapDirectory`].
+    /// [`Error::Header`], [`Error::BitmapDirectory`] and [`Error::SnapshotTable`].
     BadHeader = 3,
     /// [`Error::NotQcow2`].
     NotQcow2 = 4,
@@ -349,7 +360,7 @@ impl Error {
         match self {
             Self::Io { .. } | Self::OpenFile { .. } => ErrorCode::Io,
             Self::Corrupt(_) | Self::MarkedCorrupt => ErrorCode::Corrupt,
-            Self::Header { .. } | Self::BitmapDirectory { .. } => ErrorCode::BadHeader,
+            Self::Header { .. } | Self::BitmapDirectory { .. } | Self::SnapshotTable { .. } => ErrorCode::BadHeader,
             Self::NotQcow2 { .. } => ErrorCode::NotQcow2,
             Self::Unsupported { .. } | Self::NoFallback => ErrorCode::Unsupported,
             Self::BackingDenied { .. } => ErrorCode::BackingDenied,
@@ -375,7 +386,7 @@ impl Error {
             Self::Io { errno, .. } | Self::OpenFile { errno, .. } => *errno,
             Self::Corrupt(_) | Self::MarkedCorrupt | Self::Poisoned { .. } | Self::Panic { .. } => libc::EIO,
             Self::Header { .. } | Self::NotQcow2 { .. } | Self::OutOfRange { .. } => libc::EINVAL,
-            Self::BitmapDirectory { .. } => libc::EINVAL,
+            Self::BitmapDirectory { .. } | Self::SnapshotTable { .. } => libc::EINVAL,
             Self::Argument { .. } | Self::UnknownOption { .. } | Self::OptionValue { .. } => libc::EINVAL,
             Self::ArgumentValue { .. } | Self::OptionUnused { .. } | Self::Path { .. } => libc::EINVAL,
             Self::Unsupported { .. } | Self::BackingFormat { .. } | Self::NoFallback => libc::ENOTSUP,
@@ -434,6 +445,9 @@ impl fmt::Display for Error {
             Self::Header { field, value, expected } => write!(f, "header field {field} is {value} (0x{value:x}); expected {expected}"),
             Self::BitmapDirectory { entry, field, value, expected } => {
                 write!(f, "bitmap directory entry {entry}: {field} is {value} (0x{value:x}); expected {expected}")
+            }
+            Self::SnapshotTable { entry, field, value, expected } => {
+                write!(f, "snapshot table entry {entry}: {field} is {value} (0x{value:x}); expected {expected}")
             }
             Self::NotQcow2 { magic } => write!(f, "not a qcow2 image: it starts with 0x{magic:08x} instead of 0x514649fb"),
             Self::Unsupported { feature } => write!(f, "the image needs a feature that is not supported: {feature}"),

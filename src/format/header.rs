@@ -3,6 +3,7 @@
 use super::extension::{self, Extension, FeatureKind};
 use super::geometry::{CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, CLUSTER_BITS_MIN_EXTENDED, Geometry};
 use super::layout::{self, Field, V2_LENGTH, V3_LENGTH_MIN};
+use super::snapshot;
 use super::units::HostOffset;
 use crate::error::{Error, Result};
 
@@ -44,6 +45,8 @@ pub const OFFSET_REFCOUNT_TABLE: u64 = layout::REFCOUNT_TABLE_OFFSET.offset as u
 pub const OFFSET_INCOMPATIBLE: u64 = layout::INCOMPATIBLE_FEATURES.offset as u64;
 /// Offset of compatible_features.
 pub const OFFSET_COMPATIBLE: u64 = layout::COMPATIBLE_FEATURES.offset as u64;
+/// Offset of nb_snapshots; snapshots_offset follows it.
+pub const OFFSET_SNAPSHOTS: u64 = layout::NB_SNAPSHOTS.offset as u64;
 /// Offset of autoclear_features.
 pub const OFFSET_AUTOCLEAR: u64 = layout::AUTOCLEAR_FEATURES.offset as u64;
 
@@ -57,8 +60,6 @@ pub const BACKING_NAME_MAX: usize = 1023;
 pub const SNAPSHOTS_MAX: u32 = 65536;
 /// Header length of the version 3 images that this library makes: up to compression_type and its padding.
 const V3_LENGTH_NEW: u32 = 112;
-/// A snapshot table entry without its strings and extra data.
-const SNAPSHOT_ENTRY_BYTES_MIN: u64 = 40;
 
 /// Method of the compressed clusters of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -339,7 +340,7 @@ impl Header {
         let cluster = self.geometry.cluster_size_bytes();
         let l1_bytes = u64::from(self.l1_entries) * 8;
         let refcount_bytes = u64::from(self.refcount_table_clusters) * cluster;
-        let snapshot_bytes = u64::from(self.snapshots) * SNAPSHOT_ENTRY_BYTES_MIN;
+        let snapshot_bytes = u64::from(self.snapshots) * snapshot::ENTRY_BYTES_MIN as u64;
         // The last cluster of a file need not be complete: what is missing of it reads as zeroes.
         let file_end = file_size.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
         let tables = [

@@ -1,18 +1,18 @@
 //! Where each header field lies. Spec, "Header". Declared once; that the fields tile the header without a gap is
 //! checked when this file is compiled.
 
-/// One field of the header: its name in the specification, its offset and its width in bytes.
+/// One field of the header (or of another structure): its name in the specification, its offset and its width in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Field {
     /// Name in the specification.
     pub name: &'static str,
-    /// Offset from the start of the file.
+    /// Offset from the start of the file (or of the structure).
     pub offset: usize,
-    /// Width in bytes: 1, 4 or 8.
+    /// Width in bytes: 1 to 8.
     pub bytes: usize,
 }
 
-const fn at(offset: usize, bytes: usize, name: &'static str) -> Field {
+pub(super) const fn at(offset: usize, bytes: usize, name: &'static str) -> Field {
     Field { name, offset, bytes }
 }
 
@@ -78,12 +78,12 @@ const _: () = {
 };
 
 impl Field {
-    /// Reads the field from a header, which must be long enough.
+    /// Reads the field from its structure, which must be long enough.
     pub fn get(self, header: &[u8]) -> u64 {
         header[self.offset..][..self.bytes].iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
     }
 
-    /// Writes the field into a header, which must be long enough. The value must fit.
+    /// Writes the field into its structure, which must be long enough. The value must fit.
     pub fn set(self, header: &mut [u8], value: u64) {
         debug_assert!(self.bytes == 8 || value >> (8 * self.bytes) == 0, "{} does not fit", self.name);
         header[self.offset..][..self.bytes].copy_from_slice(&value.to_be_bytes()[8 - self.bytes..]);

@@ -6,6 +6,7 @@ pub mod l1;
 pub mod l2;
 pub mod order;
 pub mod refcounts;
+pub mod snapshots;
 
 use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
