@@ -29,7 +29,7 @@ int main(void)
         FAILS(qcow2_opts_set_str(opts, wrong[i][0], wrong[i][1]), EINVAL, QCOW2_ERR_OPTION, wrong[i][0]);
         CHECK(strstr(qcow2_last_error(), wrong[i][1]) != NULL);
     }
-    FAILS(qcow2_opts_set_str(opts, "preallocation", "full"), ENOTSUP, QCOW2_ERR_UNSUPPORTED, "preallocation=full");
+    FAILS(qcow2_opts_set_str(opts, "preallocation", "some"), EINVAL, QCOW2_ERR_OPTION, "off, metadata, falloc or full");
     FAILS(qcow2_opts_set_u64(opts, "cluster_size", 1000), EINVAL, QCOW2_ERR_OPTION, "1000");
     FAILS(qcow2_opts_set_u64(opts, "read_only", 1), EINVAL, QCOW2_ERR_OPTION, "read_only");
     FAILS(qcow2_opts_set_u64(opts, "compat", 3), EINVAL, QCOW2_ERR_OPTION, "compat");

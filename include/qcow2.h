@@ -145,6 +145,8 @@ int qcow2_has_feature(const char *name);
 #define QCOW2_ERR_LOCKED 18
 /** A secret is missing or wrong. */
 #define QCOW2_ERR_BAD_SECRET 19
+/** The progress callback ended the call. */
+#define QCOW2_ERR_CANCELLED 20
 
 /**
  * Why the last failing call of this thread failed, in words: it names the offending value and what to do about it.
@@ -413,8 +415,10 @@ int qcow2_discard(qcow2_image *image,
  * flags:  0 or QCOW2_OVERWRITE
  *
  * With option "backing_file", "backing_fmt" must be set too; the backing file is not opened, so its size is not used.
+ * With option "preallocation" the call may take long: see qcow2_opts_set_progress().
  * Returns 0 or a negative errno: -EEXIST the file exists; -EBUSY somebody uses it; -EINVAL a wrong option, or options
- * that exclude each other; -EFBIG larger than the format can have with that cluster size; those of open(2) and write(2).
+ * that exclude each other; -EFBIG larger than the format can have with that cluster size; -ECANCELED the progress
+ * function ended it; those of open(2) and write(2). A file that was made here and not completed is removed.
  * Thread-safe. Since 0.1.
  */
 int qcow2_create(const char *path,
@@ -518,6 +522,17 @@ typedef void (*qcow2_destroy_fn)(void *user);
  * text:  one line, valid during the call
  */
 typedef void (*qcow2_log_fn)(void *user, uint32_t level, const char *text);
+
+/**
+ * Told how far a long call has come.
+ *
+ * user:  the pointer given with the function
+ * done:  how much is done: bytes, or whatever the call counts in; never falls
+ * total: how much there is in all; not 0
+ *
+ * Returns 0 to go on; anything else makes the call end with -ECANCELED, leaving a valid image.
+ */
+typedef int (*qcow2_progress_fn)(void *user, uint64_t done, uint64_t total);
 
 /**
  * Makes an option object in which nothing is set.
@@ -634,6 +649,23 @@ int qcow2_opts_set_log(qcow2_opts *opts,
                        qcow2_log_fn log,
                        void *user,
                        qcow2_destroy_fn destroy);
+
+/**
+ * Lets the caller watch a long call (a create or a resize with preallocation), and end it.
+ *
+ * opts:     the options
+ * progress: the function; NULL takes an earlier one away. Called during the call only, in its thread; it must not call
+ *           into the image
+ * user:     passed to it
+ * destroy:  called once with user when the options are freed or get another function; NULL if there is nothing to do.
+ *           Called too when this call fails
+ *
+ * Returns 0 or -EINVAL. One thread at a time. Since 0.1.
+ */
+int qcow2_opts_set_progress(qcow2_opts *opts,
+                            qcow2_progress_fn progress,
+                            void *user,
+                            qcow2_destroy_fn destroy);
 
 /* Facts ===========================================================================================
  *

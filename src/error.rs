@@ -23,6 +23,8 @@ pub enum IoOp {
     Size,
     /// Setting the size of a file.
     Truncate,
+    /// Allocating space in a file.
+    Allocate,
 }
 
 /// What is wrong inside an image, and where.
@@ -291,6 +293,8 @@ pub enum Error {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// The caller's progress callback ended the call.
+    Cancelled,
     /// A bug: the library panicked; the handle is poisoned.
     Panic {
         /// The panic's message.
@@ -342,6 +346,8 @@ pub enum ErrorCode {
     Locked = 18,
     /// Reserved: a secret is missing or wrong.
     BadSecret = 19,
+    /// [`Error::Cancelled`].
+    Cancelled = 20,
 }
 
 impl Error {
@@ -376,6 +382,7 @@ impl Error {
             Self::TooLarge { .. } => ErrorCode::TooLarge,
             Self::Exists { .. } => ErrorCode::Exists,
             Self::Locked { .. } => ErrorCode::Locked,
+            Self::Cancelled => ErrorCode::Cancelled,
             Self::Panic { .. } => ErrorCode::Panic,
         }
     }
@@ -398,6 +405,7 @@ impl Error {
             Self::TooLarge { .. } => libc::EFBIG,
             Self::Exists { .. } => libc::EEXIST,
             Self::Locked { .. } => libc::EBUSY,
+            Self::Cancelled => libc::ECANCELED,
         }
     }
 }
@@ -427,6 +435,7 @@ impl fmt::Display for IoOp {
             Self::Flush => "flush",
             Self::Size => "size query",
             Self::Truncate => "truncate",
+            Self::Allocate => "allocation of space",
         })
     }
 }
@@ -487,6 +496,7 @@ impl fmt::Display for Error {
             }
             Self::Exists { path } => write!(f, "'{path}' exists already; pass the overwrite flag to replace it"),
             Self::Path { path, why } => write!(f, "path '{path}' {why}"),
+            Self::Cancelled => f.write_str("the progress callback ended the call"),
             Self::Panic { message } => write!(f, "internal error (this is a bug in libqcow2): {message}"),
         }
     }

@@ -88,11 +88,14 @@ fn made(settings: &[(&str, &str)], size: u64) -> (CreateOptions, Vec<u8>) {
 fn a_power_cut_leaves_the_old_image_the_new_one_or_none() {
     let (_, old) = made(&[("cluster_size", "4k"), ("backing_file", "old"), ("backing_fmt", "raw")], 4 << 20);
     let long_name = "n".repeat(700);
-    let cases: [(&[(&str, &str)], u64); 4] = [
+    let cases: [(&[(&str, &str)], u64); 7] = [
         (&[("cluster_size", "4k"), ("backing_file", &long_name), ("backing_fmt", "qcow2")], 1 << 20),
         (&[("cluster_size", "16k"), ("extended_l2", "on"), ("refcount_bits", "1")], 64 << 20),
         (&[("cluster_size", "512"), ("refcount_bits", "64")], 4 << 20),
         (&[("cluster_size", "64k"), ("compat", "v2")], 1 << 20),
+        (&[("cluster_size", "4k"), ("preallocation", "metadata")], 100_000),
+        (&[("cluster_size", "512"), ("preallocation", "falloc")], 50_000),
+        (&[("cluster_size", "16k"), ("extended_l2", "on"), ("preallocation", "full")], 100_000),
     ];
     for (settings, size) in cases {
         for before in [Vec::new(), old.clone()] {

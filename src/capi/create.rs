@@ -9,24 +9,27 @@ use super::boundary::{call, null};
 use super::opts::{Call, qcow2_opts};
 use super::storage::qcow2_storage;
 use crate::error::Result;
-use crate::image::{CreateOptions, create, create_with};
+use crate::image::{CreateOptions, ProgressFn, create_reporting, create_with_reporting};
 use crate::storage::Blocking;
 use crate::wait::block_on;
 
 /// Flag of qcow2_create(): replace the file if it exists.
 pub const QCOW2_OVERWRITE: u32 = 1 << 0;
 
-/// The options of a create; NULL means all defaults.
+/// Runs a create with its options; NULL means all defaults.
 ///
 /// # Safety
 /// `opts` is NULL or came from `qcow2_opts_new` and is not changed meanwhile.
-unsafe fn create_options(opts: *const qcow2_opts) -> Result<CreateOptions> {
+unsafe fn with_options(
+    opts: *const qcow2_opts,
+    create: impl FnOnce(&CreateOptions, Option<ProgressFn<'_>>) -> Result<()>,
+) -> Result<()> {
     // SAFETY: the caller's promise.
     match unsafe { opts.as_ref() } {
-        None => Ok(CreateOptions::default()),
+        None => create(&CreateOptions::default(), None),
         Some(opts) => {
             opts.refuse_unused(Call::Create)?;
-            Ok(opts.create.clone())
+            create(&opts.create, Some(&|done, total| opts.tell(done, total)))
         }
     }
 }
@@ -40,8 +43,10 @@ unsafe fn create_options(opts: *const qcow2_opts) -> Result<CreateOptions> {
 /// flags:  0 or QCOW2_OVERWRITE
 ///
 /// With option "backing_file", "backing_fmt" must be set too; the backing file is not opened, so its size is not used.
+/// With option "preallocation" the call may take long: see qcow2_opts_set_progress().
 /// Returns 0 or a negative errno: -EEXIST the file exists; -EBUSY somebody uses it; -EINVAL a wrong option, or options
-/// that exclude each other; -EFBIG larger than the format can have with that cluster size; those of open(2) and write(2).
+/// that exclude each other; -EFBIG larger than the format can have with that cluster size; -ECANCELED the progress
+/// function ended it; those of open(2) and write(2). A file that was made here and not completed is removed.
 /// Thread-safe. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_create(path: *const c_char, size: u64, opts: *const qcow2_opts, flags: u32) -> c_int {
@@ -49,9 +54,9 @@ pub unsafe extern "C" fn qcow2_create(path: *const c_char, size: u64, opts: *con
         check_flags(flags, QCOW2_OVERWRITE)?;
         // SAFETY: NULL or a C string by the manual above.
         let path = unsafe { self::path("path", path) }?;
+        let overwrite = flags & QCOW2_OVERWRITE != 0;
         // SAFETY: NULL or options that nobody changes during the call, by the manual above.
-        let options = unsafe { create_options(opts) }?;
-        create(path, size, &options, flags & QCOW2_OVERWRITE != 0)
+        unsafe { with_options(opts, |options, tell| create_reporting(path, size, options, overwrite, tell)) }
     })
 }
 
@@ -75,8 +80,10 @@ pub unsafe extern "C" fn qcow2_create_storage(
         check_flags(flags, 0)?;
         // SAFETY: NULL or a live storage by the manual above.
         let storage = unsafe { storage.as_ref() }.ok_or_else(|| null("storage"))?;
+        let create = |options: &CreateOptions, tell: Option<ProgressFn<'_>>| {
+            block_on(create_with_reporting(&Blocking, &*storage.inner, size, options, tell))
+        };
         // SAFETY: NULL or options that nobody changes during the call, by the manual above.
-        let options = unsafe { create_options(opts) }?;
-        block_on(create_with(&Blocking, &*storage.inner, size, &options))
+        unsafe { with_options(opts, create) }
     })
 }

@@ -50,6 +50,8 @@ pub const QCOW2_ERR_PANIC: i32 = 17;
 pub const QCOW2_ERR_LOCKED: i32 = 18;
 /// A secret is missing or wrong.
 pub const QCOW2_ERR_BAD_SECRET: i32 = 19;
+/// The progress callback ended the call.
+pub const QCOW2_ERR_CANCELLED: i32 = 20;
 
 /// The numbers of the header are those of the crate.
 const _: () = {
@@ -73,6 +75,7 @@ const _: () = {
     assert!(QCOW2_ERR_PANIC == ErrorCode::Panic as i32);
     assert!(QCOW2_ERR_LOCKED == ErrorCode::Locked as i32);
     assert!(QCOW2_ERR_BAD_SECRET == ErrorCode::BadSecret as i32);
+    assert!(QCOW2_ERR_CANCELLED == ErrorCode::Cancelled as i32);
 };
 
 struct LastError {

@@ -25,8 +25,15 @@ use crate::storage::Storage;
 pub struct qcow2_opts {
     pub(super) open: OpenOptions,
     pub(super) create: CreateOptions,
+    progress: Option<Callback>,
     /// Which keys were set: bit = index in [`OPTIONS`].
     set: u64,
+}
+
+/// The caller's progress function.
+struct Callback {
+    progress: unsafe extern "C" fn(user: *mut c_void, done: u64, total: u64) -> c_int,
+    data: UserData,
 }
 
 const _: () = assert!(OPTIONS.len() <= 64, "the keys no longer fit `qcow2_opts::set`");
@@ -68,8 +75,17 @@ impl qcow2_opts {
         match call {
             Call::Create if self.open.resolver.is_some() => Err(call.unused("resolver")),
             Call::Create if !self.open.backing_storages.is_empty() => Err(call.unused("storage")),
+            Call::Open if self.progress.is_some() => Err(call.unused("progress")),
             _ => Ok(()),
         }
+    }
+
+    /// Tells the caller how far a call has come; `true`: go on.
+    pub(super) fn tell(&self, done: u64, total: u64) -> bool {
+        self.progress.as_ref().is_none_or(|callback| {
+            // SAFETY: the caller's function with its own pointer.
+            unsafe { (callback.progress)(callback.data.user, done, total) == 0 }
+        })
     }
 
     fn set(&mut self, key: &str, value: &str) -> Result<()> {
@@ -429,6 +445,41 @@ pub unsafe extern "C" fn qcow2_opts_set_log(
             };
             Arc::new(logger) as Logger
         });
+        Ok(())
+    })
+}
+
+/// Told how far a long call has come.
+///
+/// user:  the pointer given with the function
+/// done:  how much is done: bytes, or whatever the call counts in; never falls
+/// total: how much there is in all; not 0
+///
+/// Returns 0 to go on; anything else makes the call end with -ECANCELED, leaving a valid image.
+pub type qcow2_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, done: u64, total: u64) -> c_int>;
+
+/// Lets the caller watch a long call (a create or a resize with preallocation), and end it.
+///
+/// opts:     the options
+/// progress: the function; NULL takes an earlier one away. Called during the call only, in its thread; it must not call
+///           into the image
+/// user:     passed to it
+/// destroy:  called once with user when the options are freed or get another function; NULL if there is nothing to do.
+///           Called too when this call fails
+///
+/// Returns 0 or -EINVAL. One thread at a time. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_opts_set_progress(
+    opts: *mut qcow2_opts,
+    progress: qcow2_progress_fn,
+    user: *mut c_void,
+    destroy: qcow2_destroy_fn,
+) -> c_int {
+    call(|| {
+        let data = UserData { user, destroy };
+        // SAFETY: NULL or an option object that only this thread uses, by the manual above.
+        let opts = unsafe { opts.as_mut() }.ok_or_else(|| null("opts"))?;
+        opts.progress = progress.map(|progress| Callback { progress, data });
         Ok(())
     })
 }

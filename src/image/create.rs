@@ -1,19 +1,23 @@
 //! Making a new image.
 //!
-//! Layout: header, refcount table, refcount blocks, L1 table, one after the other from cluster 0. Everything but the
-//! first sector is written and made durable before that sector is: a crash leaves no file that opens as half an image.
+//! Where everything goes is decided in `plan::new_image`. Everything but the first sector is written and made durable
+//! before that sector is: a crash leaves no file that opens as half an image.
 
 use std::path::Path;
 
-use super::options::CreateOptions;
+use super::allocate::{allocate, write_zeroes};
+use super::options::{CreateOptions, Preallocation};
+use super::progress::{Progress, ProgressFn};
 use crate::error::{Error, IoOp, Result};
 use crate::format::header::{
     COMPATIBLE_LAZY_REFCOUNTS, Encryption, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_EXTENDED_L2, L1_ENTRIES_MAX,
 };
-use crate::format::{BackingName, Compression, Geometry, Header, HostOffset, extension, refcount};
+use crate::format::{BackingName, Compression, Geometry, Header, HostOffset, extension};
+use crate::plan::new_image::NewImage;
 use crate::storage::file::FileStorage;
 use crate::storage::lock::LockMode;
 use crate::storage::{Blocking, Io, IoSrc, Storage};
+use crate::tables::refcounts::TABLE_BYTES_MAX;
 use crate::wait::block_on;
 
 /// The part of the header that is written last, and as a whole.
@@ -23,90 +27,52 @@ const SIZE_UNIT_BYTES: u64 = 512;
 /// Clusters from which on QEMU stores the feature name table; smaller ones are left to the backing file name.
 const FEATURE_NAMES_CLUSTER_BYTES_MIN: u64 = 8192;
 
-/// Where everything goes, in clusters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Layout {
-    refcount_table_clusters: u64,
-    refcount_blocks: u64,
-    l1_clusters: u64,
-}
-
-impl Layout {
-    /// The smallest layout whose refcount blocks count all clusters of it, themselves included.
-    fn new(geometry: Geometry, l1_entries: u64) -> Self {
-        let mut layout =
-            Self { refcount_table_clusters: 1, refcount_blocks: 1, l1_clusters: geometry.clusters_for(l1_entries * 8) };
-        loop {
-            // Both only grow, and each by less than what made it grow: this ends.
-            let blocks = layout.total().div_ceil(geometry.refcount_block_entries());
-            let table = geometry.clusters_for(blocks * 8);
-            if (blocks, table) == (layout.refcount_blocks, layout.refcount_table_clusters) {
-                return layout;
-            }
-            (layout.refcount_blocks, layout.refcount_table_clusters) = (blocks, table);
-        }
-    }
-
-    fn total(self) -> u64 {
-        self.blocks_at() + self.refcount_blocks + self.l1_clusters
-    }
-
-    /// First cluster of the refcount blocks; the table begins at cluster 1.
-    fn blocks_at(self) -> u64 {
-        1 + self.refcount_table_clusters
-    }
-
-    fn l1_at(self) -> u64 {
-        self.blocks_at() + self.refcount_blocks
-    }
-}
+/// Bytes of tables that are written at once.
+const BATCH_BYTES: u64 = 1 << 20;
+/// Host offsets in tables have 56 bits.
+const FILE_BYTES_MAX: u64 = 1 << 56;
 
 /// A new image before anything of it is written: all that can be wrong with the request is known by now.
 struct Plan {
     geometry: Geometry,
-    layout: Layout,
+    layout: NewImage,
+    preallocation: Preallocation,
     header: Vec<u8>,
 }
 
 impl Plan {
     fn new(size_bytes: u64, options: &CreateOptions) -> Result<Self> {
         let geometry = options.geometry()?;
-        // A power of two times the largest L1 table: at most 2^61, so that the rounding cannot overflow.
-        let limit = L1_ENTRIES_MAX * geometry.l2_table_covers_bytes();
-        if size_bytes > limit {
-            return Err(Error::TooLarge { what: "size of a disk with this cluster size", limit });
+        let size_bytes = round_size(size_bytes, geometry)?;
+        let layout = NewImage::new(geometry, size_bytes, options.preallocation != Preallocation::Off);
+        let cluster = geometry.cluster_size_bytes();
+        if layout.refcount_table_clusters * cluster > TABLE_BYTES_MAX {
+            return Err(Error::TooLarge { what: "the refcount table", limit: TABLE_BYTES_MAX });
         }
-        let size_bytes = size_bytes.next_multiple_of(SIZE_UNIT_BYTES);
-        let l1_entries = geometry.l1_entries_for(size_bytes);
-        let layout = Layout::new(geometry, l1_entries);
-        let header = header(size_bytes, l1_entries, geometry, layout, options).encode()?;
-        Ok(Self { geometry, layout, header })
+        if layout.total() > FILE_BYTES_MAX / cluster {
+            return Err(Error::TooLarge { what: "the image file", limit: FILE_BYTES_MAX });
+        }
+        let header = header(size_bytes, geometry, layout, options).encode()?;
+        Ok(Self { geometry, layout, preallocation: options.preallocation, header })
     }
 
-    /// What lies between the header and the L1 table: the refcount table, padded, and its blocks.
-    fn refcounts(&self) -> Vec<u8> {
-        let (geometry, layout) = (self.geometry, self.layout);
-        let cluster = geometry.cluster_size_bytes();
-        // A few clusters, or 1/64 of an L1 table that is at most 32 MiB: this fits into memory.
-        let table_bytes = (layout.refcount_table_clusters * cluster) as usize;
-        let mut bytes = vec![0; table_bytes + (layout.refcount_blocks * cluster) as usize];
-        let (table, blocks) = bytes.split_at_mut(table_bytes);
-        for (i, entry) in table.chunks_exact_mut(8).take(layout.refcount_blocks as usize).enumerate() {
-            entry.copy_from_slice(&((layout.blocks_at() + i as u64) * cluster).to_be_bytes());
-        }
-        let mut left = layout.total();
-        for block in blocks.chunks_exact_mut(cluster as usize) {
-            let used = left.min(geometry.refcount_block_entries());
-            for index in 0..used as usize {
-                refcount::set(block, geometry.refcount_order, index, 1);
-            }
-            left -= used;
-        }
-        bytes
+    fn in_bytes(&self, clusters: u64) -> u64 {
+        clusters * self.geometry.cluster_size_bytes()
     }
 }
 
-fn header(size_bytes: u64, l1_entries: u64, geometry: Geometry, layout: Layout, options: &CreateOptions) -> Header {
+/// A size of a disk as images have them, or why none has this one.
+pub(super) fn round_size(size_bytes: u64, geometry: Geometry) -> Result<u64> {
+    // A power of two times the largest L1 table: at most 2^61, so that the rounding cannot overflow.
+    let limit = L1_ENTRIES_MAX * geometry.l2_table_covers_bytes();
+    if size_bytes > limit {
+        return Err(Error::TooLarge { what: "size of a disk with this cluster size", limit });
+    }
+    Ok(size_bytes.next_multiple_of(SIZE_UNIT_BYTES))
+}
+
+fn header(size_bytes: u64, geometry: Geometry, layout: NewImage, options: &CreateOptions) -> Header {
+    let l1_entries = geometry.l1_entries_for(size_bytes);
     let cluster = geometry.cluster_size_bytes();
     let bit = |on: bool, mask: u64| if on { mask } else { 0 };
     let (header_length, unknown_fields) = Header::new_length(geometry.version);
@@ -136,23 +102,42 @@ fn header(size_bytes: u64, l1_entries: u64, geometry: Geometry, layout: Layout, 
     }
 }
 
-/// Makes an image in a storage, of which nothing remains.
-///
-/// The size is rounded up to a multiple of 512 bytes. The backing file is not opened.
+/// Makes an image in a storage, of which nothing remains. See [`create_with_reporting`].
 pub async fn create_with<I: Io>(io: &I, storage: &dyn Storage, size_bytes: u64, options: &CreateOptions) -> Result<()> {
-    let plan = Plan::new(size_bytes, options)?;
-    write_image(io, storage, &plan).await
+    create_with_reporting(io, storage, size_bytes, options, None).await
 }
 
-async fn write_image<I: Io>(io: &I, storage: &dyn Storage, plan: &Plan) -> Result<()> {
-    let cluster = plan.geometry.cluster_size_bytes();
+/// Makes an image in a storage, of which nothing remains. `tell` is told how far it has come.
+///
+/// The size is rounded up to a multiple of 512 bytes. The backing file is not opened.
+pub async fn create_with_reporting<I: Io>(
+    io: &I,
+    storage: &dyn Storage,
+    size_bytes: u64,
+    options: &CreateOptions,
+    tell: Option<ProgressFn<'_>>,
+) -> Result<()> {
+    let plan = Plan::new(size_bytes, options)?;
+    write_image(io, storage, &plan, tell).await
+}
+
+async fn write_image<I: Io>(io: &I, storage: &dyn Storage, plan: &Plan, tell: Option<ProgressFn<'_>>) -> Result<()> {
     let truncate = |size| storage.truncate(size).map_err(|e| Error::io(IoOp::Truncate, size, &e));
-    // Old contents first: the L1 table and what follows the header rely on zeroes. The empty file is made durable, so
-    // that no old header can meet new tables.
+    let (data, end) = (plan.in_bytes(plan.layout.data_at()), plan.in_bytes(plan.layout.total()));
+    let has_space = matches!(plan.preallocation, Preallocation::Falloc | Preallocation::Full);
+    let progress = Progress::new(tell, if has_space { end } else { data } - plan.in_bytes(1));
+    progress.advance(0)?;
+    // Old contents first: what follows the header, and preallocated data, rely on zeroes. The empty file is made
+    // durable, so that no old header can meet new tables.
     truncate(0)?;
     flush(io, storage).await?;
-    truncate(plan.layout.total() * cluster)?;
-    write(io, storage, &plan.refcounts(), cluster).await?;
+    truncate(end)?;
+    write_tables(io, storage, plan, &progress).await?;
+    match plan.preallocation {
+        Preallocation::Off | Preallocation::Metadata => {}
+        Preallocation::Falloc => allocate(io, storage, data, end - data, &progress).await?,
+        Preallocation::Full => write_zeroes(io, storage, data, end - data, &progress).await?,
+    }
     let (first, rest) = plan.header.split_at(plan.header.len().min(SECTOR_BYTES));
     if !rest.is_empty() {
         write(io, storage, rest, SECTOR_BYTES as u64).await?;
@@ -160,6 +145,26 @@ async fn write_image<I: Io>(io: &I, storage: &dyn Storage, plan: &Plan) -> Resul
     flush(io, storage).await?;
     write(io, storage, first, 0).await?;
     flush(io, storage).await
+}
+
+/// Writes all tables, in full: a table that is filled later needs no more space than the new image has.
+async fn write_tables<I: Io>(io: &I, storage: &dyn Storage, plan: &Plan, progress: &Progress<'_>) -> Result<()> {
+    let batch = BATCH_BYTES.max(plan.in_bytes(1));
+    let clusters_per_batch = batch / plan.in_bytes(1);
+    let mut bytes = vec![0; batch as usize];
+    let (mut first, end) = (1, plan.layout.data_at());
+    while first < end {
+        let count = clusters_per_batch.min(end - first);
+        let part = &mut bytes[..plan.in_bytes(count) as usize];
+        part.fill(0);
+        for (cluster, place) in (first..).zip(part.chunks_exact_mut(plan.in_bytes(1) as usize)) {
+            plan.layout.fill(cluster, place);
+        }
+        write(io, storage, part, plan.in_bytes(first)).await?;
+        progress.advance(plan.in_bytes(count))?;
+        first += count;
+    }
+    Ok(())
 }
 
 async fn write<I: Io>(io: &I, storage: &dyn Storage, bytes: &[u8], offset: u64) -> Result<()> {
@@ -170,9 +175,21 @@ async fn flush<I: Io>(io: &I, storage: &dyn Storage) -> Result<()> {
     io.flush(storage).await.map_err(|e| Error::io(IoOp::Flush, 0, &e))
 }
 
-/// Makes an image in a file. A file that exists is refused, or replaced with `overwrite`; nothing is touched if the
-/// options cannot be had, and a file that was made here is removed again if it cannot be completed.
+/// Makes an image in a file. See [`create_reporting`].
 pub fn create(path: &Path, size_bytes: u64, options: &CreateOptions, overwrite: bool) -> Result<()> {
+    create_reporting(path, size_bytes, options, overwrite, None)
+}
+
+/// Makes an image in a file. A file that exists is refused, or replaced with `overwrite`; nothing is touched if the
+/// options cannot be had, and a file that was made here is removed again if it cannot be completed. `tell` is told how
+/// far it has come.
+pub fn create_reporting(
+    path: &Path,
+    size_bytes: u64,
+    options: &CreateOptions,
+    overwrite: bool,
+    tell: Option<ProgressFn<'_>>,
+) -> Result<()> {
     let plan = Plan::new(size_bytes, options)?;
     let (file, made_here) = open_file(path, overwrite)?;
     let storage = FileStorage::new(file);
@@ -180,7 +197,7 @@ pub fn create(path: &Path, size_bytes: u64, options: &CreateOptions, overwrite: 
     if matches!(storage.lock(LockMode::Writer), Ok(false)) {
         return Err(Error::Locked { name: path.display().to_string() });
     }
-    let result = block_on(write_image(&Blocking, &storage, &plan));
+    let result = block_on(write_image(&Blocking, &storage, &plan, tell));
     if result.is_err() && made_here {
         // The error of the creation is what the caller has to know; if this fails too, an empty file is left.
         let _ = std::fs::remove_file(path);
@@ -240,7 +257,7 @@ mod tests {
         let options = CreateOptions { cluster_size_bytes: 512, refcount_bits: 64, ..Default::default() };
         let (header, bytes) = made(128 << 30, &options);
         assert_eq!(u64::from(header.l1_entries), L1_ENTRIES_MAX);
-        let layout = Layout::new(header.geometry, L1_ENTRIES_MAX);
+        let layout = NewImage::new(header.geometry, 128 << 30, false);
         assert!(layout.refcount_table_clusters > 1 && layout.refcount_blocks > 1000, "{layout:?}");
         assert_eq!(bytes.len() as u64, layout.total() * 512);
         // One block fewer would not count every cluster.

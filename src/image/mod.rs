@@ -3,6 +3,7 @@
 //! Each operation exists twice: an `async fn ..._with(io, ...)`, which is the pipeline, generic over how I/O is done
 //! (queues, simulators), and a plain function that drives it in the calling thread with inline I/O.
 
+mod allocate;
 #[allow(dead_code)] // resize and snapshots are about to use all of it
 mod alone;
 pub mod backing;
@@ -16,6 +17,7 @@ pub mod map;
 mod open;
 pub mod options;
 mod own;
+pub mod progress;
 mod read;
 pub mod status;
 pub mod write;
@@ -36,13 +38,14 @@ use chain::{Chain, Content};
 use open::HeldLock;
 use status::{CLOSED, CORRUPT, Counters, Status};
 
-pub use create::{create, create_with};
+pub use create::{create, create_reporting, create_with, create_with_reporting};
 pub use info::Info;
 pub use load::load_header;
 pub use map::{MapExtent, MapKind};
 pub use options::{
     BackingFormat, BackingPolicy, CreateOptions, LogLevel, Logger, MissingFormat, OpenOptions, Resolver,
 };
+pub use progress::ProgressFn;
 pub use status::Stats;
 pub use write::WriteFlags;
 pub use zero::ZeroFlags;

@@ -236,12 +236,41 @@ pub enum Compat {
     V3,
 }
 
-/// How much of a new image is allocated when it is made.
+/// How much of a new image, or of what it grows by, is allocated ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Preallocation {
     /// Nothing but what an empty image needs.
     #[default]
     Off,
+    /// A host cluster for each guest cluster, with the tables that say so. The file gets as long, and not as large.
+    Metadata,
+    /// As `Metadata`, and the file system sets the space aside.
+    Falloc,
+    /// As `Metadata`, and zeroes are written.
+    Full,
+}
+
+impl Preallocation {
+    /// The mode of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "off" => Some(Self::Off),
+            "metadata" => Some(Self::Metadata),
+            "falloc" => Some(Self::Falloc),
+            "full" => Some(Self::Full),
+            _ => None,
+        }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Metadata => "metadata",
+            Self::Falloc => "falloc",
+            Self::Full => "full",
+        }
+    }
 }
 
 /// How to create an image.
@@ -319,14 +348,9 @@ impl CreateOptions {
                     _ => return not_acceptable(key, value, "zlib or zstd"),
                 }
             }
-            "preallocation" => match value {
-                "off" => self.preallocation = Preallocation::Off,
-                "metadata" | "falloc" | "full" => {
-                    return Err(Error::Unsupported {
-                        feature: format!("preallocation={value}; use preallocation=off"),
-                    });
-                }
-                _ => return not_acceptable(key, value, "off (metadata, falloc and full are not supported yet)"),
+            "preallocation" => match Preallocation::from_name(value) {
+                Some(mode) => self.preallocation = mode,
+                None => return not_acceptable(key, value, "off, metadata, falloc or full"),
             },
             _ => return unknown(key, |o| o.create),
         }
@@ -374,6 +398,12 @@ impl CreateOptions {
     fn check_backing(&self) -> Result<()> {
         match (&self.backing_file, self.backing_fmt) {
             (None, None) => Ok(()),
+            // A standard cluster that is allocated hides what lies below.
+            (Some(_), Some(_)) if self.preallocation != Preallocation::Off && !self.extended_l2 => not_acceptable(
+                "preallocation",
+                self.preallocation.name(),
+                "off with a backing file, unless extended_l2=on",
+            ),
             (Some(name), Some(_)) => check_backing_name(name),
             (Some(_), None) => not_acceptable(
                 "backing_fmt",
@@ -473,7 +503,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     for_create("backing_file", OptionKind::Text, "", "name of the backing file, stored as given"),
     for_create("backing_fmt", OptionKind::Choice(&["qcow2", "raw"]), "", "format of the backing file; needed with backing_file"),
     for_create("compression_type", OptionKind::Choice(&["zlib", "zstd"]), "zlib", "method of compressed clusters"),
-    for_create("preallocation", OptionKind::Choice(&["off"]), "off", "what to allocate ahead"),
+    for_create("preallocation", OptionKind::Choice(&["off", "metadata", "falloc", "full"]), "off",
+        "what to allocate ahead: nothing, host clusters, with their space, with zeroes written"),
 ];
 
 fn not_acceptable<T>(key: &str, value: &str, expected: &str) -> Result<T> {
@@ -588,16 +619,8 @@ mod tests {
     }
 
     #[test]
-    fn preallocation_is_refused_as_unsupported() {
-        for value in ["metadata", "falloc", "full"] {
-            let e = CreateOptions::default().set("preallocation", value).unwrap_err();
-            assert!(matches!(&e, Error::Unsupported { feature } if feature.contains(value)), "{e}");
-        }
-    }
-
-    #[test]
     fn what_does_not_go_together_is_named() {
-        let cases: [(&[(&str, &str)], &str); 8] = [
+        let cases: [(&[(&str, &str)], &str); 9] = [
             (&[("extended_l2", "on"), ("cluster_size", "8k")], "cluster_size"),
             (&[("extended_l2", "on"), ("compat", "v2")], "extended_l2"),
             (&[("lazy_refcounts", "on"), ("compat", "0.10")], "lazy_refcounts"),
@@ -605,6 +628,7 @@ mod tests {
             (&[("compression_type", "zstd"), ("compat", "0.10")], "compression_type"),
             (&[("backing_file", "b")], "backing_fmt"),
             (&[("backing_fmt", "raw")], "backing_fmt"),
+            (&[("backing_file", "b"), ("backing_fmt", "raw"), ("preallocation", "falloc")], "preallocation"),
             (&[], ""),
         ];
         for (settings, culprit) in cases {

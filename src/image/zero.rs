@@ -1,6 +1,7 @@
 //! The pipelines of writing zeroes and discarding: claim, look up, plan, link, and write as data what no entry can say.
 
 use super::Image;
+use super::allocate::{ZERO_PIECES, zero_pieces};
 use super::link::{Change, look_up};
 use crate::alloc::Reservation;
 use crate::error::{Error, Result};
@@ -9,11 +10,6 @@ use crate::plan::read::Source;
 use crate::plan::zero::{Cover, Edge, Outcome, cover, plan_discard, plan_edge, plan_zero};
 use crate::plan::{Span, split};
 use crate::storage::{Io, IoSrc};
-
-/// Zeroes that are written as data come from here.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-/// Pieces of zeroes in one write.
-const ZERO_PIECES: usize = 16;
 
 /// How zeroes are to be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -176,14 +172,8 @@ impl Image {
     async fn write_zero_data<I: Io>(&self, io: &I, at: GuestOffset, length: u64) -> Result<()> {
         let (mut at, end) = (at, at.0 + length);
         while at.0 < end {
-            let n = (end - at.0).min((ZEROES.len() * ZERO_PIECES) as u64);
             let mut pieces = [IoSrc::EMPTY; ZERO_PIECES];
-            let mut left = n as usize;
-            for piece in &mut pieces {
-                let part = left.min(ZEROES.len());
-                *piece = IoSrc::from(&ZEROES[..part]);
-                left -= part;
-            }
+            let n = zero_pieces(&mut pieces, end - at.0);
             self.write_range(io, &pieces, at, n).await?;
             at = at.plus(n);
         }

@@ -58,6 +58,17 @@ fn signed(offset: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
 }
 
+fn fallocate(fd: RawFd, mode: libc::c_int, offset: u64, length: u64) -> io::Result<()> {
+    let (offset, length) = (signed(offset)?, signed(length)?);
+    loop {
+        // SAFETY: an own descriptor, and no memory is passed.
+        let done = unsafe { libc::fallocate(fd, mode, offset, length) };
+        if outcome(done as libc::ssize_t)?.is_some() {
+            return Ok(());
+        }
+    }
+}
+
 /// Repeats `call(pieces, offset)` until all pieces are done or it returns 0; returns the bytes done.
 /// `$piece` is the type of the pieces; both have the layout of `struct iovec`.
 macro_rules! transfer {
@@ -149,16 +160,11 @@ impl Storage for FileStorage {
     }
 
     fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
-        let (offset, length) = (signed(offset)?, signed(length)?);
-        loop {
-            // SAFETY: an own descriptor, and no memory is passed.
-            let done = unsafe {
-                libc::fallocate(self.fd(), libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
-            };
-            if outcome(done as libc::ssize_t)?.is_some() {
-                return Ok(());
-            }
-        }
+        fallocate(self.fd(), libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
+    }
+
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        fallocate(self.fd(), 0, offset, length)
     }
 
     fn lock(&self, mode: LockMode) -> io::Result<bool> {

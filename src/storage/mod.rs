@@ -160,6 +160,13 @@ pub trait Storage: Send + Sync {
         Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }
 
+    /// Makes sure that a range has space, so that writing to it cannot fail for want of it. What it held stays; what lay
+    /// past the end reads as zeroes. Optional: `EOPNOTSUPP` means that only writing to it allocates.
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        let _ = (offset, length);
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
+
     /// Takes the locks that go with a way of using the storage; `false`: somebody else's use contradicts. A storage
     /// that nobody else can reach has nothing to lock.
     fn lock(&self, mode: lock::LockMode) -> io::Result<bool> {
