@@ -98,9 +98,22 @@ impl Watch<'_> {
 /// One step of a script.
 #[derive(Debug, Clone)]
 enum Step {
-    Write { offset: u64, length: u64, fua: bool },
-    Zero { offset: u64, length: u64, unmap: bool },
-    Discard { offset: u64, length: u64 },
+    Write {
+        offset: u64,
+        length: u64,
+        fua: bool,
+    },
+    /// Zeroes, as such or as data in which they are found.
+    Zero {
+        offset: u64,
+        length: u64,
+        unmap: bool,
+        as_data: bool,
+    },
+    Discard {
+        offset: u64,
+        length: u64,
+    },
     Flush,
 }
 
@@ -129,7 +142,7 @@ fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
         let align = if rng.one_in(3) { 1 } else { 512 };
         let (offset, length) = start.random_range(rng, align);
         let step = match rng.below(8) {
-            0 => Step::Zero { offset, length, unmap: rng.one_in(2) },
+            0 => Step::Zero { offset, length, unmap: rng.one_in(2), as_data: rng.one_in(3) },
             1 => {
                 let (offset, length) = start.random_cluster(rng);
                 Step::Discard { offset, length }
@@ -166,10 +179,15 @@ async fn perform(
                 false => guest.borrow_mut().complete(&ticket),
             }
         }
-        Step::Zero { offset, length, unmap } => {
-            let ticket = guest.borrow_mut().issue(offset, &vec![0; length as usize]);
+        Step::Zero { offset, length, unmap, as_data } => {
+            let zeroes = vec![0; length as usize];
+            let ticket = guest.borrow_mut().issue(offset, &zeroes);
             let flags = ZeroFlags { may_unmap: unmap, ..ZeroFlags::default() };
-            image.write_zeroes_with(io, GuestOffset(offset), length, flags).await?;
+            if as_data {
+                image.write_with(io, &[IoSrc::from(&zeroes[..])], GuestOffset(offset), WriteFlags::default()).await?;
+            } else {
+                image.write_zeroes_with(io, GuestOffset(offset), length, flags).await?;
+            }
             guest.borrow_mut().complete(&ticket);
         }
         Step::Discard { offset, length } => {

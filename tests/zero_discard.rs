@@ -3,7 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use qcow2::image::{BackingFormat, BackingPolicy, CreateOptions, Image, OpenOptions, ZeroFlags, create};
+use qcow2::format::GuestOffset;
+use qcow2::image::options::DetectZeroes;
+use qcow2::image::{
+    BackingFormat, BackingPolicy, CreateOptions, Image, MapKind, OpenOptions, WriteFlags, ZeroFlags, create,
+};
+use qcow2::storage::IoSrc;
 
 struct Rng(u64);
 
@@ -58,7 +63,8 @@ fn run(name: &str, settings: &[(&str, &str)], backing_bytes: Option<u64>, seed: 
         options.backing_fmt = Some(BackingFormat::Raw);
     }
     create(&path, size, &options, false).unwrap();
-    let open = OpenOptions { backing: BackingPolicy::Relative, ..Default::default() };
+    let detect_zeroes = [DetectZeroes::Off, DetectZeroes::On, DetectZeroes::Unmap][seed as usize % 3];
+    let open = OpenOptions { backing: BackingPolicy::Relative, detect_zeroes, ..Default::default() };
     let mut image = Image::open(&path, &open).unwrap();
     let mut seen = vec![0; size as usize];
     for step in 0..200 {
@@ -69,9 +75,15 @@ fn run(name: &str, settings: &[(&str, &str)], backing_bytes: Option<u64>, seed: 
         let range = at as usize..(at + length) as usize;
         match rng.below(8) {
             0..=2 => {
-                let fill = vec![1 + rng.below(255) as u8; length as usize];
-                image.pwrite(&fill, at).unwrap();
-                expected[range].fill(fill[0]);
+                let mut data = vec![1 + rng.below(255) as u8; length as usize];
+                // Stretches of zeroes, which options may turn into entries.
+                for _ in 0..rng.below(4) {
+                    let from = rng.below(length) as usize;
+                    let to = from + rng.below(length - from as u64 + 1) as usize;
+                    data[from..to].fill(0);
+                }
+                image.pwrite(&data, at).unwrap();
+                expected[range].copy_from_slice(&data);
             }
             3..=5 => {
                 let flags = ZeroFlags { may_unmap: rng.below(2) == 0, ..Default::default() };
@@ -137,6 +149,97 @@ fn no_fallback_fails_rather_than_write_data() {
     image.pread(&mut seen, 0).unwrap();
     assert_eq!(seen, [0; 4096]);
     drop(image);
+    let _ = std::fs::remove_dir_all(&dir);
+}
+
+/// Zeroes that are written take no space when they are detected: what QEMU's map says of the same writes.
+#[test]
+fn detected_zeroes_are_entries() {
+    let dir = scratch("zero-detect");
+    for (name, settings, unit) in [("std", &[][..], 65536), ("ext", &[("extended_l2", "on")][..], 2048)] {
+        let path = dir.join(name);
+        let mut options = CreateOptions::default();
+        settings.iter().for_each(|(key, value)| options.set(key, value).unwrap());
+        create(&path, 8 << 20, &options, false).unwrap();
+        let kinds = |detect_zeroes, data: &[u8], at: u64| {
+            let image = Image::open(&path, &OpenOptions { detect_zeroes, ..Default::default() }).unwrap();
+            image.pwrite(data, at).unwrap();
+            let mut kinds = Vec::new();
+            let mut from = at;
+            while from < at + data.len() as u64 {
+                let extent = image.map(GuestOffset(from), at + data.len() as u64 - from).unwrap();
+                kinds.push((extent.kind, extent.host_offset.is_some(), extent.length));
+                from += extent.length;
+            }
+            image.close().unwrap();
+            qemu_check(&path);
+            kinds
+        };
+        // Before anything was allocated there: no host cluster. Parts of a unit count where the rest reads as zeroes.
+        assert!(kinds(DetectZeroes::On, &vec![0; 100_000], 333).iter().all(|k| (k.0, k.1) == (MapKind::Zero, false)));
+        let mut data = vec![5; 3 * unit];
+        data[unit..2 * unit].fill(0);
+        let at = 1 << 20;
+        let plain = kinds(DetectZeroes::Off, &data, at);
+        assert!(plain.iter().all(|k| k.0 == MapKind::Data), "{plain:?}");
+        let (u, data_kind) = (unit as u64, (MapKind::Data, true));
+        let found = kinds(DetectZeroes::On, &data, at);
+        assert_eq!(found, [(data_kind.0, true, u), (MapKind::Zero, true, u), (data_kind.0, true, u)], "{name}");
+        // The host cluster goes only where nothing of it is needed, and only if it may.
+        let zeroes = vec![0; 65536];
+        assert_eq!(kinds(DetectZeroes::On, &zeroes, at), [(MapKind::Zero, true, 65536)], "{name}");
+        assert_eq!(kinds(DetectZeroes::Unmap, &zeroes, at), [(MapKind::Zero, false, 65536)], "{name}");
+        let mut almost = vec![0; unit];
+        almost[unit - 1] = 1;
+        assert_eq!(kinds(DetectZeroes::Unmap, &almost, at), [(MapKind::Data, true, u)], "{name}");
+    }
+    let options = OpenOptions {
+        detect_zeroes: DetectZeroes::Unmap,
+        discard: qcow2::image::options::Discard::Ignore,
+        ..Default::default()
+    };
+    let e = Image::open(&dir.join("std"), &options).err().unwrap();
+    assert!(matches!(&e, qcow2::Error::OptionValue { key, .. } if key == "detect_zeroes"), "{e}");
+    let _ = std::fs::remove_dir_all(&dir);
+}
+
+/// Guest memory that changes while it is written: each byte becomes one of its values, whatever was detected.
+#[test]
+fn memory_that_changes_under_a_detecting_write_leaves_one_of_its_values() {
+    use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+    let dir = scratch("zero-race");
+    let path = dir.join("image.qcow2");
+    let options = CreateOptions { extended_l2: true, ..Default::default() };
+    create(&path, 8 << 20, &options, false).unwrap();
+    let open = OpenOptions { detect_zeroes: DetectZeroes::On, ..Default::default() };
+    let image = Image::open(&path, &open).unwrap();
+    let memory: Vec<AtomicU8> = (0..64 << 10).map(|_| AtomicU8::new(0)).collect();
+    let stop = AtomicBool::new(false);
+    let mut kinds = [0u32; 2];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for value in [9, 0] {
+                    memory.iter().for_each(|byte| byte.store(value, Ordering::Relaxed));
+                }
+            }
+        });
+        for _ in 0..300 {
+            // SAFETY: valid for the whole test; bytes change meanwhile, which pieces are made for.
+            let piece = unsafe { IoSrc::from_raw(memory.as_ptr().cast::<u8>().cast_mut(), memory.len()) };
+            image.write(&[piece], GuestOffset(100), WriteFlags::default()).unwrap();
+            let mut seen = vec![1; memory.len()];
+            image.pread(&mut seen, 100).unwrap();
+            for byte in seen {
+                assert!(byte == 0 || byte == 9);
+                kinds[usize::from(byte == 9)] += 1;
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(kinds[0] > 0 && kinds[1] > 0, "the memory never changed: {kinds:?}");
+    image.close().unwrap();
+    qemu_check(&path);
     let _ = std::fs::remove_dir_all(&dir);
 }
 

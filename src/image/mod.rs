@@ -9,6 +9,7 @@ mod alone;
 pub mod backing;
 pub mod chain;
 pub mod create;
+mod detect;
 mod flush;
 pub mod info;
 mod link;
@@ -36,6 +37,7 @@ use crate::wait::{Claims, block_on, lock};
 
 use chain::{Chain, Content};
 use open::HeldLock;
+use options::DetectZeroes;
 use status::{CLOSED, CORRUPT, Counters, Status};
 
 pub use create::{create, create_reporting, create_with, create_with_reporting};
@@ -64,6 +66,7 @@ pub struct Image {
     entries: Claims,        // requests that take neither a pin nor a cluster claim, one number each; see alone
     next_entry: AtomicU64,
     status: Status,
+    detect_zeroes: DetectZeroes,
     unmap: bool, // freed clusters are punched out of the file, and discards are followed
     counters: Counters,
     log: Option<Logger>,

@@ -47,6 +47,7 @@ impl Image {
         path: PathBuf,
         options: &OpenOptions,
     ) -> Result<Self> {
+        options.check()?;
         let read_only = options.read_only || options.inspect;
         let mode = match (options.locking, read_only) {
             (Locking::On, _) if options.inspect => Some(LockMode::Inspector),
@@ -96,6 +97,7 @@ impl Image {
             entries: Claims::default(),
             next_entry: AtomicU64::new(0),
             status: Status::new(bits),
+            detect_zeroes: options.detect_zeroes,
             unmap: options.discard == Discard::Unmap,
             counters: Counters::default(),
             log: options.log.clone(),

@@ -92,6 +92,18 @@ pub enum Discard {
     Ignore,
 }
 
+/// What becomes of zeroes that are written as data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DetectZeroes {
+    /// They are data.
+    #[default]
+    Off,
+    /// Whole subclusters of zeroes become zero entries; host clusters stay.
+    On,
+    /// As `On`, and host clusters that hold nothing any more are let go.
+    Unmap,
+}
+
 /// Whether others are kept from a file while it is in use, and it from theirs: in the way of QEMU, which then takes
 /// part in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -122,6 +134,8 @@ pub struct OpenOptions {
     pub locking: Locking,
     /// What becomes of space that the guest gives up.
     pub discard: Discard,
+    /// What becomes of zeroes that are written as data.
+    pub detect_zeroes: DetectZeroes,
     /// Bytes of L2 tables kept in memory.
     pub l2_cache_size: u64,
     /// Bytes of refcount blocks kept in memory.
@@ -144,6 +158,7 @@ impl Default for OpenOptions {
             backing_depth_max: 200,
             locking: Locking::default(),
             discard: Discard::default(),
+            detect_zeroes: DetectZeroes::default(),
             l2_cache_size: 32 << 20,
             refcount_cache_size: 8 << 20,
             backing_storages: Vec::new(),
@@ -164,6 +179,7 @@ impl fmt::Debug for OpenOptions {
             .field("backing_depth_max", &self.backing_depth_max)
             .field("locking", &self.locking)
             .field("discard", &self.discard)
+            .field("detect_zeroes", &self.detect_zeroes)
             .field("l2_cache_size", &self.l2_cache_size)
             .field("refcount_cache_size", &self.refcount_cache_size)
             .field("backing_storages", &self.backing_storages.len())
@@ -215,9 +231,25 @@ impl OpenOptions {
                     _ => return not_acceptable(key, value, "unmap (or on), or ignore (or off)"),
                 }
             }
+            "detect_zeroes" => {
+                self.detect_zeroes = match value {
+                    "off" => DetectZeroes::Off,
+                    "on" => DetectZeroes::On,
+                    "unmap" => DetectZeroes::Unmap,
+                    _ => return not_acceptable(key, value, "off, on or unmap"),
+                }
+            }
             "l2_cache_size" => self.l2_cache_size = parse_cache_size(key, value)?,
             "refcount_cache_size" => self.refcount_cache_size = parse_cache_size(key, value)?,
             _ => return unknown(key, |o| o.open),
+        }
+        Ok(())
+    }
+
+    /// Checks that the options go together.
+    pub fn check(&self) -> Result<()> {
+        if self.detect_zeroes == DetectZeroes::Unmap && self.discard == Discard::Ignore {
+            return not_acceptable("detect_zeroes", "unmap", "off or on with discard=ignore; use discard=unmap");
         }
         Ok(())
     }
@@ -492,6 +524,8 @@ pub const OPTIONS: &[OptionInfo] = &[
         "keep others from the files as QEMU does, let them in, or neither ask nor tell"),
     for_open("discard", OptionKind::Choice(&["unmap", "ignore", "on", "off"]), "unmap",
         "whether discards and freed clusters give space back"),
+    for_open("detect_zeroes", OptionKind::Choice(&["off", "on", "unmap"]), "off",
+        "make zero entries of zeroes that are written as data; unmap: and let go of their host clusters"),
     for_open("l2_cache_size", OptionKind::Size, "32M", "memory for L2 tables"),
     for_open("refcount_cache_size", OptionKind::Size, "8M", "memory for refcount blocks"),
     for_create("cluster_size", OptionKind::Size, "64k", "cluster size, a power of two from 512 to 2M"),

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::Image;
 use super::link::{Change, look_up};
+use super::options::DetectZeroes;
 use crate::alloc::Reservation;
 use crate::error::{Error, Result};
 use crate::format::{ClusterState, GuestOffset, Host, HostCluster, HostOffset};
@@ -59,7 +60,10 @@ impl Image {
             self.prepare_write(io).await?;
         }
         if length > 0 {
-            let result = self.write_range(io, pieces, offset, length).await;
+            let result = match self.detect_zeroes {
+                DetectZeroes::Off => self.write_range(io, pieces, offset, length).await,
+                _ => self.write_detecting(io, pieces, offset, length).await,
+            };
             match result {
                 Ok(false) => {}
                 Ok(true) => self.maintain(io).await?,

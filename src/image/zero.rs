@@ -68,7 +68,13 @@ impl Image {
         }
     }
 
-    async fn zero_range<I: Io>(&self, io: &I, offset: GuestOffset, length: u64, flags: ZeroFlags) -> Result<()> {
+    pub(super) async fn zero_range<I: Io>(
+        &self,
+        io: &I,
+        offset: GuestOffset,
+        length: u64,
+        flags: ZeroFlags,
+    ) -> Result<()> {
         let (mut at, end) = (offset, offset.0 + length);
         while at.0 < end {
             let n = split(self.active().geometry, at, end - at.0);

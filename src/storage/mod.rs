@@ -113,7 +113,22 @@ impl IoDst<'_> {
     }
 }
 
+/// How much of a source is looked at at once, as a copy.
+const LOOK_BYTES: usize = 4096;
+
 impl IoSrc<'_> {
+    /// Whether all bytes are zero. Each is looked at once, in a copy, so that memory which changes meanwhile counts as
+    /// what it was at one moment.
+    pub fn is_zero(&self) -> bool {
+        let mut copy = [0u8; LOOK_BYTES];
+        (0..self.len()).step_by(LOOK_BYTES).all(|at| {
+            let n = LOOK_BYTES.min(self.len() - at);
+            self.slice(at, n).copy_to(&mut copy[..n]);
+            // A sum instead of a search: it takes whole vectors at once.
+            copy[..n].iter().fold(0, |sum, byte| sum | byte) == 0
+        })
+    }
+
     /// Copies the start of the piece to `bytes`, which must be at most as long.
     pub fn copy_to(&self, bytes: &mut [u8]) {
         assert!(bytes.len() <= self.len(), "copy past the end of a piece");

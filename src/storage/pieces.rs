@@ -79,6 +79,7 @@ impl<P: Piece> PieceList<P> {
 }
 
 /// Position in a list of pieces.
+#[derive(Clone)]
 pub struct PieceCursor<'p, P: Piece> {
     pieces: &'p [P],
     within: usize, // bytes of the first piece that are done

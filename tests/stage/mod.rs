@@ -9,6 +9,7 @@ pub use images::{Case, Start, cases};
 
 use std::sync::Arc;
 
+use qcow2::image::options::DetectZeroes;
 use qcow2::image::{Image, OpenOptions};
 use qcow2::storage::sim::{DiskImage, SECTOR_BYTES, SimDisk};
 use qcow2::storage::{Blocking, Io, Storage};
@@ -23,7 +24,7 @@ pub async fn open<I: Io>(io: &I, disk: &Arc<SimDisk>, start: &Start, l2_cache_si
 
 /// Options for opening an image: its backing file is given by the caller.
 pub fn options(start: &Start, l2_cache_size: u64) -> OpenOptions {
-    let mut options = OpenOptions::default();
+    let mut options = OpenOptions { detect_zeroes: DetectZeroes::Unmap, ..OpenOptions::default() };
     if let Some(backing) = &start.backing {
         options.backing_storages = vec![backing.clone() as Arc<dyn Storage>];
     }
