@@ -25,7 +25,7 @@ const BACKING_FORMAT_MAX: usize = 15;
 /// Longest name of an external data file.
 const DATA_FILE_MAX: usize = 1023;
 /// Type and length before the data.
-const HEAD_BYTES: usize = 8;
+pub(super) const HEAD_BYTES: usize = 8;
 /// Type, bit number, and a name of 46 bytes.
 const FEATURE_NAME_BYTES: usize = 48;
 
@@ -36,6 +36,13 @@ pub struct Extension {
     pub kind: u32,
     /// Data.
     pub data: Vec<u8>,
+}
+
+impl Extension {
+    /// Bytes that it takes in the header: type, length, data and padding.
+    pub(super) fn stored_bytes(&self) -> usize {
+        HEAD_BYTES + self.data.len().next_multiple_of(8)
+    }
 }
 
 /// The three feature bitmaps of the header.

@@ -58,6 +58,8 @@ pub const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 pub const BACKING_NAME_MAX: usize = 1023;
 /// Most snapshots (as QEMU).
 pub const SNAPSHOTS_MAX: u32 = 65536;
+/// What a disk writes as a whole: the part of the header that switches it.
+const SECTOR_BYTES: usize = 512;
 /// Header length of the version 3 images that this library makes: up to compression_type and its padding.
 const V3_LENGTH_NEW: u32 = 112;
 
@@ -382,26 +384,7 @@ impl Header {
     /// Writes the header, its extensions and the backing file name. The result is at most one cluster long; what
     /// follows it in the first cluster has to be zero.
     pub fn encode(&self) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.header_length as usize];
-        self.encode_fields(&mut bytes);
-        let format = self.backing.as_ref().and_then(|backing| backing.format.as_deref());
-        let stored = |e: &Extension| e.kind == extension::BACKING_FORMAT;
-        if let Some(format) = format
-            && !self.extensions.iter().any(stored)
-        {
-            extension::encode_one(extension::BACKING_FORMAT, format.as_bytes(), &mut bytes)?;
-        }
-        for e in &self.extensions {
-            match (&self.backing, stored(e)) {
-                (Some(_), true) => {
-                    if let Some(format) = format {
-                        extension::encode_one(e.kind, format.as_bytes(), &mut bytes)?;
-                    }
-                }
-                _ => extension::encode_one(e.kind, &e.data, &mut bytes)?,
-            }
-        }
-        extension::encode_end(&mut bytes);
+        let mut bytes = self.encode_area()?;
         if let Some(backing) = &self.backing {
             let offset = bytes.len() as u64;
             layout::BACKING_FILE_OFFSET.set(&mut bytes, offset);
@@ -413,6 +396,42 @@ impl Header {
             return Err(Error::TooLarge { what: "header with extensions and backing file name", limit });
         }
         Ok(bytes)
+    }
+
+    /// The extensions as they are to be stored: the format of the backing file is that of `backing`.
+    fn stored_extensions(&self) -> Vec<Extension> {
+        let mut list = self.extensions.clone();
+        let Some(backing) = &self.backing else { return list };
+        let Some(format) = &backing.format else {
+            list.retain(|e| e.kind != extension::BACKING_FORMAT);
+            return list;
+        };
+        match list.iter_mut().find(|e| e.kind == extension::BACKING_FORMAT) {
+            Some(stored) => stored.data = format.as_bytes().to_vec(),
+            None => list.insert(0, Extension { kind: extension::BACKING_FORMAT, data: format.as_bytes().to_vec() }),
+        }
+        list
+    }
+
+    /// The fields and the extensions; without the backing file name, and where it is.
+    fn encode_area(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.header_length as usize];
+        self.encode_fields(&mut bytes);
+        for e in &self.stored_extensions() {
+            extension::encode_one(e.kind, &e.data, &mut bytes)?;
+        }
+        extension::encode_end(&mut bytes);
+        Ok(bytes)
+    }
+
+    /// Sets the data of the extension of that type, or takes it out. Types that are not known may be there several
+    /// times: all of them become this one.
+    pub fn set_extension(&mut self, kind: u32, data: Option<Vec<u8>>) {
+        let at = self.extensions.iter().position(|e| e.kind == kind);
+        self.extensions.retain(|e| e.kind != kind);
+        if let Some(data) = data {
+            self.extensions.insert(at.unwrap_or(0), Extension { kind, data });
+        }
     }
 
     fn encode_fields(&self, bytes: &mut [u8]) {
@@ -524,5 +543,8 @@ fn parse_names(cluster: &[u8], header_length: usize) -> Result<(Option<BackingNa
     Ok((Some(BackingName { name, format }), extensions))
 }
 
+mod rewrite;
 #[cfg(test)]
 mod tests;
+
+pub use rewrite::Rewrite;

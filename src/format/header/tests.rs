@@ -9,7 +9,7 @@ use crate::format::extension::{self, BACKING_FORMAT, BITMAPS, DATA_FILE, ENCRYPT
 use crate::format::layout::{self, FIELDS, Field};
 use crate::format::{Geometry, HostOffset};
 
-fn plain(version: u32) -> Header {
+pub(super) fn plain(version: u32) -> Header {
     let (header_length, unknown_fields) = Header::new_length(version);
     Header {
         geometry: Geometry { version, cluster_bits: 12, extended_l2: false, refcount_order: 4 },
@@ -32,11 +32,11 @@ fn plain(version: u32) -> Header {
     }
 }
 
-fn backing(name: &str, format: Option<&str>) -> Option<BackingName> {
+pub(super) fn backing(name: &str, format: Option<&str>) -> Option<BackingName> {
     Some(BackingName { name: name.into(), format: format.map(str::to_owned) })
 }
 
-fn ext(kind: u32, data: &[u8]) -> Extension {
+pub(super) fn ext(kind: u32, data: &[u8]) -> Extension {
     Extension { kind, data: data.to_vec() }
 }
 
