@@ -34,6 +34,33 @@ pub fn take(state: &mut RefcountState, want: u64) -> Result<std::result::Result<
     Ok(Ok(run))
 }
 
+/// Takes `want` free clusters in one piece, which may be more than a refcount block counts: behind all that is counted,
+/// after the new blocks that count them.
+pub fn take_behind(state: &mut RefcountState, want: u64) -> Result<std::result::Result<Range<u64>, Need>> {
+    let geometry = state.geometry();
+    loop {
+        let index = match state.blocks_end() {
+            Ok(index) => index,
+            Err(need) => return Ok(Err(need)),
+        };
+        // As many blocks as count the clusters and themselves.
+        let blocks = want.div_ceil(geometry.refcount_block_entries() - 1);
+        let start = state.block_start(index);
+        if start.0 + blocks + want > 1 << (HOST_BITS - geometry.cluster_bits) {
+            return Err(Error::TooLarge { what: "the image file", limit: 1 << HOST_BITS });
+        }
+        if index + blocks > state.table_capacity() {
+            grow_table(state, index + blocks - 1)?;
+            continue;
+        }
+        let area = start.0..start.0 + blocks + want;
+        check_free(state, area.clone())?;
+        (0..blocks).for_each(|block| state.add_block(index + block, start.plus(block)));
+        count_new(state, area.clone());
+        return Ok(Ok(start.0 + blocks..area.end));
+    }
+}
+
 fn search(state: &mut RefcountState, from: HostCluster, want: u64) -> Result<std::result::Result<Range<u64>, Need>> {
     let geometry = state.geometry();
     let (bits, order) = (geometry.refcount_block_bits(), geometry.refcount_order);

@@ -97,6 +97,25 @@ impl Allocator {
         Ok(reservation)
     }
 
+    /// Reserves `count` clusters in one piece, for a table.
+    pub async fn reserve_run<'a, I: Io>(&self, io: &I, tables: &'a Tables, count: u64) -> Result<Reservation<'a>> {
+        let fits_a_block = count < tables.geometry.refcount_block_entries();
+        let mut too_short = Reservation::none(tables); // given back in the end
+        loop {
+            let taken = tables.refcounts.with(|state| match fits_a_block {
+                true => find::take(state, count),
+                false => find::take_behind(state, count),
+            })?;
+            match taken {
+                Ok(run) if run.end - run.start == count => {
+                    return Ok(Reservation { refcounts: &tables.refcounts, runs: vec![run] });
+                }
+                Ok(run) => too_short.runs.push(run),
+                Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
+            }
+        }
+    }
+
     /// Takes back one reference to each cluster once that is safe. The entry that held it has been replaced in memory
     /// already; `change` is the number of that change.
     pub fn release(&self, clusters: Range<u64>, change: u64) {
@@ -209,6 +228,50 @@ impl Drop for Lowering<'_> {
     fn drop(&mut self) {
         if !self.left.is_empty() {
             self.refcounts.with(|state| state.give_back.append(&mut self.left));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{CreateOptions, create_with, load_header};
+    use crate::storage::Blocking;
+    use crate::storage::memory::MemoryStorage;
+    use crate::tables::file::HostFile;
+    use crate::wait::block_on;
+
+    #[test]
+    fn a_run_is_in_one_piece_however_long_it_is() {
+        for refcount_bits in [1, 64] {
+            let storage = std::sync::Arc::new(MemoryStorage::default());
+            let options = CreateOptions { cluster_size_bytes: 512, refcount_bits, ..Default::default() };
+            block_on(create_with(&Blocking, &*storage, 1 << 20, &options)).unwrap();
+            let header = block_on(load_header(&Blocking, &*storage)).unwrap();
+            let file = HostFile::new(storage);
+            let tables = block_on(Tables::load(&Blocking, file, &header, 1 << 20, 1 << 20)).unwrap();
+            let allocator = Allocator::default();
+            let mut taken: Vec<u64> = Vec::new();
+            for count in [1, 3, 63, 64, 65, 200, 5, 5000, 40000, 1, 62] {
+                let run = block_on(allocator.reserve_run(&Blocking, &tables, count)).unwrap();
+                let clusters: Vec<u64> = run.clusters().map(|cluster| cluster.0).collect();
+                assert_eq!(clusters.len() as u64, count);
+                assert!(clusters.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{count} clusters in pieces");
+                let counted = |cluster: &u64| tables.refcounts.with(|state| state.get(HostCluster(*cluster)).unwrap());
+                assert!(clusters.iter().all(|cluster| counted(cluster) == 1));
+                taken.extend(clusters);
+                run.keep();
+            }
+            let all = taken.len();
+            taken.sort_unstable();
+            taken.dedup();
+            assert_eq!(taken.len(), all, "no cluster was handed out twice");
+            // What is not kept is free again.
+            let given_back = block_on(allocator.reserve_run(&Blocking, &tables, 9)).unwrap().clusters().next();
+            let again = block_on(allocator.reserve_run(&Blocking, &tables, 9)).unwrap();
+            assert_eq!(again.clusters().next(), given_back);
+            again.keep();
+            block_on(tables.flush(&Blocking)).unwrap();
         }
     }
 }

@@ -122,6 +122,14 @@ impl RefcountState {
         Ok(self.table.get(index as usize).is_some_and(|&entry| entry != 0))
     }
 
+    /// Index after that of the last block, once the table is loaded.
+    pub fn blocks_end(&self) -> std::result::Result<u64, Need> {
+        if !self.loaded {
+            return Err(Need::Table);
+        }
+        Ok(self.table.iter().rposition(|&entry| entry != 0).map_or(0, |last| last as u64 + 1))
+    }
+
     /// The bytes of an existing block.
     pub fn block(&mut self, index: u64) -> std::result::Result<&[u8], Need> {
         self.clock += 1;
