@@ -147,6 +147,8 @@ int qcow2_has_feature(const char *name);
 #define QCOW2_ERR_BAD_SECRET 19
 /** The progress callback ended the call. */
 #define QCOW2_ERR_CANCELLED 20
+/** A queue is full, or has no such request to cancel. */
+#define QCOW2_ERR_QUEUE 30
 
 /**
  * Why the last failing call of this thread failed, in words: it names the offending value and what to do about it.
@@ -870,6 +872,217 @@ int qcow2_map(qcow2_image *image,
               struct qcow2_extent *extents,
               size_t n_max,
               size_t *n);
+
+/* Queues ==========================================================================================
+ *
+ * Many requests of one thread under way at once: what an event loop of a hypervisor or a server wants. A request is
+ * prepared, submitted together with others, and reaped once it has ended. Nothing happens behind the caller's back: no
+ * callback is called, and no thread works for a queue that runs on io_uring. Requests go on while their owner is in
+ * qcow2_queue_submit() or qcow2_queue_reap(), or any thread waits in a blocking call on the same image.
+ *
+ * Requests of a queue have no order among each other: who wants one after the other reaps the first before submitting
+ * the second. Two requests under way that overlap, and of which one writes, give each byte one of the two values.
+ */
+
+/**
+ * What performs the transfers of a queue: io_uring where it is to be had (Linux 5.11, and no sandbox that forbids it),
+ * threads otherwise. qcow2_queue_backend() says which it became.
+ */
+#define QCOW2_QUEUE_AUTO 0
+/** io_uring, or no queue at all. */
+#define QCOW2_QUEUE_IO_URING 1
+/** A few threads that make blocking calls. */
+#define QCOW2_QUEUE_THREADS 2
+
+/** A queue of requests on an image. It belongs to one thread at a time. */
+typedef struct qcow2_queue qcow2_queue;
+
+/** A request that has ended. The size of this struct never changes: room to grow is in its reserved members. */
+typedef struct qcow2_completion {
+    /** The number that the request was prepared with. */
+    uint64_t user_data;
+    /** 0, or the negative errno that the blocking call would have returned. */
+    int32_t result;
+    /** 0, or a QCOW2_ERR_ number that says why. */
+    int32_t error_code;
+    /** Zero. */
+    uint64_t reserved[2];
+} qcow2_completion;
+
+/**
+ * Makes a queue on an image.
+ *
+ * image:   the handle. It may be closed before the queue is freed: requests under way then end first, and later ones
+ *          fail
+ * depth:   how many requests may be between being prepared and being reaped: 1 to 4096
+ * backend: QCOW2_QUEUE_AUTO, or which one it must be
+ * queue:   where the queue goes; set to NULL on an error
+ *
+ * Any number of queues, and blocking calls, may use one image at once. The caller frees the queue with
+ * qcow2_queue_free().
+ * Returns 0 or a negative errno: -EINVAL a depth or a backend out of range; what io_uring_setup(2) returned.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_queue_new(qcow2_image *image,
+                    uint32_t depth,
+                    uint32_t backend,
+                    struct qcow2_queue **queue);
+
+/**
+ * Frees a queue. Waits until every request that was submitted has ended, so that the buffers are the caller's again;
+ * requests that were only prepared never happen, and completions that were not reaped are lost.
+ *
+ * queue:  the queue, not to be used any more; NULL is a no-op
+ *
+ * Since 0.1.
+ */
+void qcow2_queue_free(struct qcow2_queue *queue);
+
+/**
+ * What performs the transfers of a queue: QCOW2_QUEUE_IO_URING or QCOW2_QUEUE_THREADS, or a negative errno.
+ *
+ * queue:  the queue
+ *
+ * Since 0.1.
+ */
+int qcow2_queue_backend(const struct qcow2_queue *queue);
+
+/**
+ * Prepares a read. As for all that follows: nothing happens before qcow2_queue_submit() or qcow2_queue_reap().
+ *
+ * queue:     the queue
+ * iov:       the buffers, filled one after the other; the array may be reused at once, the buffers must stay valid and
+ *            be left alone until the request has been reaped
+ * iovcnt:    how many; any number
+ * offset:    guest offset in bytes
+ * flags:     0
+ * user_data: comes back with the completion; the library does nothing with it
+ *
+ * Returns 0 or a negative errno: -EAGAIN as many requests as the queue is deep are prepared or not reaped; -EINVAL
+ * NULL pointers or unknown flags. All other errors are the completion's. Since 0.1.
+ */
+int qcow2_queue_readv(struct qcow2_queue *queue,
+                      const struct iovec *iov,
+                      int iovcnt,
+                      uint64_t offset,
+                      uint32_t flags,
+                      uint64_t user_data);
+
+/**
+ * Prepares a write.
+ *
+ * queue:     the queue
+ * iov:       the buffers; the array may be reused at once, the buffers must stay valid and unchanged until the request
+ *            has been reaped
+ * iovcnt:    how many; any number
+ * offset:    guest offset in bytes
+ * flags:     as for qcow2_pwrite()
+ * user_data: comes back with the completion
+ *
+ * Returns 0 or a negative errno, as qcow2_queue_readv(). Since 0.1.
+ */
+int qcow2_queue_writev(struct qcow2_queue *queue,
+                       const struct iovec *iov,
+                       int iovcnt,
+                       uint64_t offset,
+                       uint32_t flags,
+                       uint64_t user_data);
+
+/**
+ * Prepares a flush: it makes everything durable whose completion had been, or could have been, reaped when the flush
+ * was submitted.
+ *
+ * queue:     the queue
+ * user_data: comes back with the completion
+ *
+ * Returns 0 or a negative errno, as qcow2_queue_readv(). Since 0.1.
+ */
+int qcow2_queue_flush(struct qcow2_queue *queue,
+                      uint64_t user_data);
+
+/**
+ * Prepares the writing of zeroes.
+ *
+ * queue:     the queue
+ * offset:    guest offset in bytes
+ * length:    bytes
+ * flags:     as for qcow2_write_zeroes()
+ * user_data: comes back with the completion
+ *
+ * Returns 0 or a negative errno, as qcow2_queue_readv(). Since 0.1.
+ */
+int qcow2_queue_write_zeroes(struct qcow2_queue *queue,
+                             uint64_t offset,
+                             uint64_t length,
+                             uint32_t flags,
+                             uint64_t user_data);
+
+/**
+ * Prepares a discard.
+ *
+ * queue:     the queue
+ * offset:    guest offset in bytes
+ * length:    bytes
+ * flags:     as for qcow2_discard()
+ * user_data: comes back with the completion
+ *
+ * Returns 0 or a negative errno, as qcow2_queue_readv(). Since 0.1.
+ */
+int qcow2_queue_discard(struct qcow2_queue *queue,
+                        uint64_t offset,
+                        uint64_t length,
+                        uint32_t flags,
+                        uint64_t user_data);
+
+/**
+ * Begins everything that was prepared, with as few system calls as possible. What needs no waiting (what the page
+ * cache has, zeroes, an error) ends at once.
+ *
+ * queue:  the queue
+ *
+ * Returns how many requests have ended and can be reaped now, or a negative errno. Since 0.1.
+ */
+int qcow2_queue_submit(struct qcow2_queue *queue);
+
+/**
+ * Takes requests that have ended, those that ended first before the others. What was prepared is submitted first.
+ *
+ * queue:       the queue
+ * completions: where they go: room for max
+ * max:         how many there is room for
+ * min:         waits until there are so many, or as many as are under way, or the time is over; 0 does not wait
+ * timeout_ns:  how long to wait at most, in nanoseconds; negative: as long as it takes
+ *
+ * Returns how many were filled in, or a negative errno (then none was taken). What went wrong with the last request
+ * that failed among them, qcow2_last_error() tells in words. Since 0.1.
+ */
+int qcow2_queue_reap(struct qcow2_queue *queue,
+                     struct qcow2_completion *completions,
+                     uint32_t max,
+                     uint32_t min,
+                     int64_t timeout_ns);
+
+/**
+ * A descriptor for poll(2) or epoll(7): readable when requests have ended, or when some can go on: then
+ * qcow2_queue_reap() is to be called (which makes it unreadable again; nobody needs to read from it).
+ *
+ * queue:  the queue, to which the descriptor belongs; it is made at the first call
+ *
+ * Returns the descriptor or a negative errno. Since 0.1.
+ */
+int qcow2_queue_fd(struct qcow2_queue *queue);
+
+/**
+ * Takes back a request that has been prepared and not submitted. It completes with -ECANCELED. A request that is under
+ * way is not interrupted.
+ *
+ * queue:     the queue
+ * user_data: of the request; if several have it, the one that was prepared first
+ *
+ * Returns 0 or a negative errno: -EALREADY it has been submitted; -ENOENT there is none. Since 0.1.
+ */
+int qcow2_queue_cancel(struct qcow2_queue *queue,
+                       uint64_t user_data);
 
 /* Storages ========================================================================================
  *

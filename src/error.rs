@@ -295,6 +295,13 @@ pub enum Error {
     },
     /// The caller's progress callback ended the call.
     Cancelled,
+    /// A queue has as many requests as it is deep.
+    QueueFull,
+    /// A request of a queue cannot be taken back.
+    NotCancelled {
+        /// It has been submitted; else there is none with that number.
+        submitted: bool,
+    },
     /// A bug: the library panicked; the handle is poisoned.
     Panic {
         /// The panic's message.
@@ -348,6 +355,8 @@ pub enum ErrorCode {
     BadSecret = 19,
     /// [`Error::Cancelled`].
     Cancelled = 20,
+    /// [`Error::QueueFull`] and [`Error::NotCancelled`].
+    Queue = 30,
 }
 
 impl Error {
@@ -383,6 +392,7 @@ impl Error {
             Self::Exists { .. } => ErrorCode::Exists,
             Self::Locked { .. } => ErrorCode::Locked,
             Self::Cancelled => ErrorCode::Cancelled,
+            Self::QueueFull | Self::NotCancelled { .. } => ErrorCode::Queue,
             Self::Panic { .. } => ErrorCode::Panic,
         }
     }
@@ -406,6 +416,9 @@ impl Error {
             Self::Exists { .. } => libc::EEXIST,
             Self::Locked { .. } => libc::EBUSY,
             Self::Cancelled => libc::ECANCELED,
+            Self::QueueFull => libc::EAGAIN,
+            Self::NotCancelled { submitted: true } => libc::EALREADY,
+            Self::NotCancelled { submitted: false } => libc::ENOENT,
         }
     }
 }
@@ -496,7 +509,10 @@ impl fmt::Display for Error {
             }
             Self::Exists { path } => write!(f, "'{path}' exists already; pass the overwrite flag to replace it"),
             Self::Path { path, why } => write!(f, "path '{path}' {why}"),
-            Self::Cancelled => f.write_str("the progress callback ended the call"),
+            Self::Cancelled => f.write_str("cancelled by the caller"),
+            Self::QueueFull => f.write_str("the queue has as many requests as it is deep; reap some first"),
+            Self::NotCancelled { submitted: true } => f.write_str("the request has been submitted already"),
+            Self::NotCancelled { submitted: false } => f.write_str("the queue has no request with that user_data"),
             Self::Panic { message } => write!(f, "internal error (this is a bug in libqcow2): {message}"),
         }
     }

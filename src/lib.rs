@@ -12,7 +12,7 @@
 //!   storage             copy + payload in one vectored write -> Written
 //!   tables link         Reservation + Written  -> the new entry becomes visible; the old cluster is freed later
 //! ```
-//! Imports run one way: `capi -> image -> {alloc, codec} -> tables -> {plan, storage}`; `plan -> format`.
+//! Imports run one way: `capi -> queue -> image -> {alloc, codec} -> tables -> {plan, storage}`; `plan -> format`.
 //! `error` and `wait` are leaves. `docs/design.md` is the long form of this page.
 
 pub mod alloc;
@@ -23,6 +23,7 @@ pub mod error;
 pub mod format;
 pub mod image;
 pub mod plan;
+pub mod queue;
 pub mod storage;
 pub mod tables;
 pub mod wait;

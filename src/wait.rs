@@ -9,9 +9,10 @@ use std::future::Future;
 use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
+use std::time::Duration;
 
 /// Locks a mutex; a panic elsewhere has poisoned the image handle already and needs no second poison here.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -123,6 +124,58 @@ impl Drop for ClaimFuture<'_> {
     }
 }
 
+/// Requests that are under way without a thread of their own, until somebody polls them.
+pub trait Help: Send + Sync {
+    /// Polls what can go on, unless somebody is about that already. Does not wait.
+    fn help(&self);
+
+    /// Whether requests are under way.
+    fn is_busy(&self) -> bool;
+}
+
+/// Those whom a thread that has to wait may help meanwhile: what it waits for may be theirs, and their owner elsewhere,
+/// or waiting itself, right here.
+#[derive(Default)]
+pub struct Helpers {
+    any: AtomicBool,
+    list: Mutex<Vec<Weak<dyn Help>>>,
+}
+
+impl Helpers {
+    /// How often a waiting thread looks after them.
+    const INTERVAL: Duration = Duration::from_micros(100);
+
+    /// Adds one; it leaves by being dropped.
+    pub fn add(&self, help: &Arc<dyn Help>) {
+        let mut list = lock(&self.list);
+        list.retain(|other| other.strong_count() > 0);
+        list.push(Arc::downgrade(help));
+        self.any.store(true, Ordering::SeqCst);
+    }
+
+    fn all(&self) -> Vec<Arc<dyn Help>> {
+        if !self.any.load(Ordering::SeqCst) {
+            return Vec::new();
+        }
+        lock(&self.list).iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Helps all of them once. `false`: there are none.
+    pub fn help(&self) -> bool {
+        let all = self.all();
+        all.iter().for_each(|help| help.help());
+        !all.is_empty()
+    }
+
+    /// Helps until none of them has a request under way.
+    pub fn drain(&self) {
+        while self.all().iter().any(|help| help.is_busy()) {
+            self.help();
+            std::thread::park_timeout(Self::INTERVAL);
+        }
+    }
+}
+
 struct Parker {
     thread: Thread,
     woken: AtomicBool,
@@ -145,21 +198,32 @@ impl Wake for Parker {
 /// nothing, the waker that parks is only made at the second poll (a claim registers the waker of the latest poll).
 #[inline]
 pub fn block_on<F: Future>(future: F) -> F::Output {
+    block_on_helping(future, None)
+}
+
+/// As [`block_on`]; while the thread waits, it helps.
+#[inline]
+pub fn block_on_helping<F: Future>(future: F, helpers: Option<&Helpers>) -> F::Output {
     let mut future = pin!(future);
     match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(value) => value,
-        Poll::Pending => park_until_ready(future),
+        Poll::Pending => park_until_ready(future, helpers),
     }
 }
 
 #[cold]
-fn park_until_ready<F: Future>(mut future: Pin<&mut F>) -> F::Output {
+fn park_until_ready<F: Future>(mut future: Pin<&mut F>, helpers: Option<&Helpers>) -> F::Output {
     let parker = Arc::new(Parker { thread: std::thread::current(), woken: AtomicBool::new(true) });
     let waker = Waker::from(parker.clone());
     let mut context = Context::from_waker(&waker);
     loop {
         while !parker.woken.swap(false, Ordering::Acquire) {
-            std::thread::park();
+            // What is waited for may be a request of a queue that did not exist before: asked each time.
+            if helpers.is_some_and(Helpers::help) {
+                std::thread::park_timeout(Helpers::INTERVAL);
+            } else {
+                std::thread::park();
+            }
         }
         if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
             return value;

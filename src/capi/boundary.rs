@@ -82,7 +82,8 @@ mod tests {
     fn a_panic_is_an_error_and_poisons_the_handle() {
         let storage = Arc::new(MemoryStorage::default());
         block_on(create_with(&Blocking, &*storage, 1 << 20, &CreateOptions::default())).unwrap();
-        let mut image = qcow2_image { image: Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap() };
+        let mut image =
+            qcow2_image { image: Arc::new(Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap()) };
         let (handle, mut byte) = (&raw mut image, 7u8);
         let buf = (&raw mut byte).cast::<libc::c_void>();
         // SAFETY: an open image, and a buffer of one byte.

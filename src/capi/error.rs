@@ -53,6 +53,9 @@ pub const QCOW2_ERR_BAD_SECRET: i32 = 19;
 /// The progress callback ended the call.
 pub const QCOW2_ERR_CANCELLED: i32 = 20;
 
+/// A queue is full, or has no such request to cancel.
+pub const QCOW2_ERR_QUEUE: i32 = 30;
+
 /// The numbers of the header are those of the crate.
 const _: () = {
     assert!(QCOW2_ERR_NONE == ErrorCode::None as i32);
@@ -75,6 +78,7 @@ const _: () = {
     assert!(QCOW2_ERR_PANIC == ErrorCode::Panic as i32);
     assert!(QCOW2_ERR_LOCKED == ErrorCode::Locked as i32);
     assert!(QCOW2_ERR_BAD_SECRET == ErrorCode::BadSecret as i32);
+    assert!(QCOW2_ERR_QUEUE == ErrorCode::Queue as i32);
     assert!(QCOW2_ERR_CANCELLED == ErrorCode::Cancelled as i32);
 };
 

@@ -21,7 +21,7 @@ use crate::storage::file::FileStorage;
 
 /// An open image.
 pub struct qcow2_image {
-    pub(super) image: Image,
+    pub(super) image: Arc<Image>, // queues hold it too
 }
 
 /// Hands a new image to the caller.
@@ -38,7 +38,7 @@ unsafe fn open_with(
         let image = unsafe { out("image", image, std::ptr::null_mut()) }?;
         // SAFETY: the C caller passes NULL or options that nobody changes during the call.
         let options = unsafe { open_options(opts) }?;
-        *image = Box::into_raw(Box::new(qcow2_image { image: open(&options)? }));
+        *image = Box::into_raw(Box::new(qcow2_image { image: Arc::new(open(&options)?) }));
         Ok(())
     })
 }

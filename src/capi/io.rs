@@ -53,7 +53,7 @@ fn check_buffer(buf: *const c_void, length: usize) -> Result<()> {
 ///
 /// # Safety
 /// `iov` is NULL or points to `count` structs that stay unchanged for `'a`.
-unsafe fn vector<'a>(iov: *const iovec, count: c_int) -> Result<&'a [iovec]> {
+pub(super) unsafe fn vector<'a>(iov: *const iovec, count: c_int) -> Result<&'a [iovec]> {
     let Ok(count) = usize::try_from(count) else {
         return Err(Error::ArgumentValue { name: "iovcnt", value: count.to_string(), expected: "0 or more" });
     };
@@ -80,6 +80,23 @@ unsafe fn vector<'a>(iov: *const iovec, count: c_int) -> Result<&'a [iovec]> {
         };
     }
     Ok(pieces)
+}
+
+/// The flags of the calls that write data.
+#[inline]
+pub(super) fn write_flags(flags: u32) -> Result<WriteFlags> {
+    check_flags(flags, QCOW2_FUA)?;
+    Ok(WriteFlags { fua: flags & QCOW2_FUA != 0 })
+}
+
+/// The flags of the calls that write zeroes.
+pub(super) fn zero_flags(flags: u32) -> Result<ZeroFlags> {
+    check_flags(flags, QCOW2_FUA | QCOW2_MAY_UNMAP | QCOW2_NO_FALLBACK)?;
+    Ok(ZeroFlags {
+        may_unmap: flags & QCOW2_MAY_UNMAP != 0,
+        no_fallback: flags & QCOW2_NO_FALLBACK != 0,
+        fua: flags & QCOW2_FUA != 0,
+    })
 }
 
 /// Reads guest data into a buffer.
@@ -133,11 +150,11 @@ pub unsafe extern "C" fn qcow2_pwrite(
     flags: u32,
 ) -> c_int {
     let body = |image: &qcow2_image| {
-        check_flags(flags, QCOW2_FUA)?;
+        let flags = write_flags(flags)?;
         check_buffer(buf, length)?;
         // SAFETY: `buf` is readable for `length` bytes by the manual above, for the time of this call.
         let piece = unsafe { IoSrc::from_raw(buf.cast_mut().cast(), length) };
-        image.image.write(&[piece], GuestOffset(offset), WriteFlags { fua: flags & QCOW2_FUA != 0 })
+        image.image.write(&[piece], GuestOffset(offset), flags)
     };
     // SAFETY: NULL or an open handle by the manual above.
     unsafe { call_on(image, body) }
@@ -190,12 +207,12 @@ pub unsafe extern "C" fn qcow2_pwritev(
     flags: u32,
 ) -> c_int {
     let body = |image: &qcow2_image| {
-        check_flags(flags, QCOW2_FUA)?;
+        let flags = write_flags(flags)?;
         // SAFETY: a vector of iovcnt buffers by the manual above, for the time of this call.
         let pieces = unsafe { vector(iov, iovcnt) }?;
         // SAFETY: same layout (asserted above), and the caller's memory is readable for the time of this call.
         let pieces = unsafe { std::slice::from_raw_parts(pieces.as_ptr().cast::<IoSrc<'_>>(), pieces.len()) };
-        image.image.write(pieces, GuestOffset(offset), WriteFlags { fua: flags & QCOW2_FUA != 0 })
+        image.image.write(pieces, GuestOffset(offset), flags)
     };
     // SAFETY: NULL or an open handle by the manual above.
     unsafe { call_on(image, body) }
@@ -221,12 +238,7 @@ pub unsafe extern "C" fn qcow2_pwritev(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_write_zeroes(image: *mut qcow2_image, offset: u64, length: u64, flags: u32) -> c_int {
     let body = |image: &qcow2_image| {
-        check_flags(flags, QCOW2_FUA | QCOW2_MAY_UNMAP | QCOW2_NO_FALLBACK)?;
-        let flags = ZeroFlags {
-            may_unmap: flags & QCOW2_MAY_UNMAP != 0,
-            no_fallback: flags & QCOW2_NO_FALLBACK != 0,
-            fua: flags & QCOW2_FUA != 0,
-        };
+        let flags = zero_flags(flags)?;
         image.image.write_zeroes(offset, length, flags)
     };
     // SAFETY: NULL or an open handle by the manual above.

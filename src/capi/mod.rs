@@ -23,5 +23,6 @@ pub mod image;
 pub mod io;
 pub mod map;
 pub mod opts;
+pub mod queue;
 pub mod storage;
 pub mod version;

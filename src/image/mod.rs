@@ -24,6 +24,7 @@ pub mod status;
 pub mod write;
 pub mod zero;
 
+use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
@@ -33,7 +34,7 @@ use crate::error::Result;
 use crate::format::{GuestOffset, Header};
 use crate::storage::{Blocking, IoDst, IoSrc, Storage};
 use crate::tables::Tables;
-use crate::wait::{Claims, block_on, lock};
+use crate::wait::{Claims, Helpers, block_on, block_on_helping, lock};
 
 use chain::{Chain, Content};
 use open::HeldLock;
@@ -65,6 +66,7 @@ pub struct Image {
     header_claims: Claims,  // taken under all others
     entries: Claims,        // requests that take neither a pin nor a cluster claim, one number each; see alone
     next_entry: AtomicU64,
+    helpers: Helpers, // queues on this image
     status: Status,
     detect_zeroes: DetectZeroes,
     unmap: bool, // freed clusters are punched out of the file, and discards are followed
@@ -112,13 +114,13 @@ impl Image {
     /// Reads what the guest sees at `offset` into `pieces`.
     #[inline]
     pub fn read(&self, pieces: &[IoDst<'_>], offset: GuestOffset) -> Result<()> {
-        block_on(self.read_with(&Blocking, pieces, offset))
+        self.block(self.read_with(&Blocking, pieces, offset))
     }
 
     /// Writes `pieces` at `offset`. After an error, what the range holds is old or new, sector by sector.
     #[inline]
     pub fn write(&self, pieces: &[IoSrc<'_>], offset: GuestOffset, flags: WriteFlags) -> Result<()> {
-        block_on(self.write_with(&Blocking, pieces, offset, flags))
+        self.block(self.write_with(&Blocking, pieces, offset, flags))
     }
 
     /// As [`Image::read`], into one buffer.
@@ -133,30 +135,32 @@ impl Image {
 
     /// Makes a range read as zeroes, with as little writing as possible.
     pub fn write_zeroes(&self, offset: u64, length: u64, flags: ZeroFlags) -> Result<()> {
-        block_on(self.write_zeroes_with(&Blocking, GuestOffset(offset), length, flags))
+        self.block(self.write_zeroes_with(&Blocking, GuestOffset(offset), length, flags))
     }
 
     /// Gives up what a range holds, by clusters and subclusters that lie in it as a whole. What was given up reads as
     /// zeroes; the rest stays.
     pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
-        block_on(self.discard_with(&Blocking, GuestOffset(offset), length))
+        self.block(self.discard_with(&Blocking, GuestOffset(offset), length))
     }
 
     /// Makes everything durable that was acknowledged before the call: data and what is needed to find it.
     pub fn flush(&self) -> Result<()> {
-        block_on(self.flush_with(&Blocking))
+        self.block(self.flush_with(&Blocking))
     }
 
     /// What the range reads from: the extent that starts at `offset`, at most `length` long. Neighbouring extents may
     /// be alike; joining them is the caller's.
     pub fn map(&self, offset: GuestOffset, length: u64) -> Result<MapExtent> {
-        block_on(self.map_with(&Blocking, offset, length))
+        self.block(self.map_with(&Blocking, offset, length))
     }
 
-    /// Flushes, gives back what can be given back, and ends all use of the handle. No other call may be under way.
+    /// Flushes, gives back what can be given back, and ends all use of the handle. No other call may be under way;
+    /// requests in queues run to their end first.
     /// Dropping an open image does the same and swallows the error.
     pub fn close(&self) -> Result<()> {
-        block_on(self.close_with(&Blocking))
+        self.helpers.drain();
+        self.block(self.close_with(&Blocking))
     }
 
     /// Facts about the image. Nothing that it refers to is opened for that.
@@ -179,6 +183,17 @@ impl Image {
         if let Some(first) = self.chain.layers.first() {
             first.file().stop_writes(why);
         }
+    }
+
+    /// The queues on this image.
+    pub(crate) fn helpers(&self) -> &Helpers {
+        &self.helpers
+    }
+
+    /// Drives a pipeline in the calling thread.
+    #[inline]
+    fn block<F: Future>(&self, future: F) -> F::Output {
+        block_on_helping(future, Some(&self.helpers))
     }
 
     /// The image's own tables; not its backing files'.

@@ -19,7 +19,7 @@ use crate::storage::lock::LockMode;
 use crate::storage::{Io, Storage};
 use crate::tables::Tables;
 use crate::tables::file::HostFile;
-use crate::wait::Claims;
+use crate::wait::{Claims, Helpers};
 
 /// A file of the chain that has been accepted, before its tables are read.
 enum Accepted {
@@ -96,6 +96,7 @@ impl Image {
             header_claims: Claims::default(),
             entries: Claims::default(),
             next_entry: AtomicU64::new(0),
+            helpers: Helpers::default(),
             status: Status::new(bits),
             detect_zeroes: options.detect_zeroes,
             unmap: options.discard == Discard::Unmap,

@@ -179,6 +179,10 @@ impl Storage for FileStorage {
         }
     }
 
+    fn raw_fd(&self) -> Option<RawFd> {
+        Some(self.fd())
+    }
+
     fn allocated_bytes(&self) -> Option<u64> {
         self.file.metadata().ok().map(|m| m.blocks() * 512)
     }

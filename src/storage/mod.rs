@@ -192,6 +192,12 @@ pub trait Storage: Send + Sync {
     /// Gives back what [`Storage::lock`] took.
     fn unlock(&self) {}
 
+    /// The descriptor of a file on which positioned calls do what the functions above do, for drivers that make them
+    /// in another way.
+    fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
+        None
+    }
+
     /// Bytes that the storage occupies, where that is known.
     fn allocated_bytes(&self) -> Option<u64> {
         None

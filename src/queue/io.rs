@@ -1,0 +1,218 @@
+//! How the pipelines of a queue reach their files: at once where that cannot block, through the ring, or by threads.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Mutex;
+use std::time::Instant;
+
+use super::Backend;
+use super::bell::{Bell, EventFd};
+use super::pool::{Call, Pool};
+use super::ring::{Ring, RingFile};
+use crate::storage::{Io, IoDst, IoSrc, Storage, total_dst, total_src};
+use crate::wait::lock;
+
+/// Most pieces of one transfer (IOV_MAX of Linux).
+const PIECES_MAX: usize = 1024;
+/// A file system that is nothing but the page cache.
+const TMPFS: i64 = 0x0102_1994;
+
+/// Whether a kind of transfer is tried at once, before it is handed to the ring: what is in the page cache is copied
+/// faster than a ring is told of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AtOnce {
+    /// The file is in memory: no transfer ever blocks.
+    Always,
+    /// With RWF_NOWAIT, which fails where it would block.
+    Try,
+    /// The file does not know RWF_NOWAIT, or is not cached.
+    Never,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    fd: RawFd,
+    file: RingFile,
+    reads: AtOnce,
+    writes: AtOnce,
+}
+
+/// See the module text.
+pub struct QueueIo {
+    ring: Option<Ring>,
+    files: Mutex<Vec<Known>>,
+    pool: Pool,
+}
+
+impl QueueIo {
+    /// For `depth` transfers at once.
+    pub fn new(depth: u32, backend: Backend) -> io::Result<Self> {
+        let ring = match backend {
+            Backend::Threads => None,
+            Backend::IoUring => Some(Ring::new(depth)?),
+            Backend::Auto => Ring::new(depth).ok(),
+        };
+        Ok(Self { ring, files: Mutex::default(), pool: Pool::default() })
+    }
+
+    /// What performs transfers on files.
+    pub fn backend(&self) -> Backend {
+        if self.ring.is_some() { Backend::IoUring } else { Backend::Threads }
+    }
+
+    /// Hands what the pipelines have started to the kernel.
+    pub fn submit(&self) {
+        self.ring.iter().for_each(Ring::submit);
+    }
+
+    /// Wakes the pipelines whose transfers have ended.
+    pub fn collect(&self) {
+        self.ring.iter().for_each(Ring::collect);
+    }
+
+    /// Makes `event` signalled when transfers end.
+    pub fn signal_at_completions(&self, event: &EventFd) -> io::Result<()> {
+        self.ring.as_ref().map_or(Ok(()), |ring| ring.signal_at_completions(event))
+    }
+
+    /// Sleeps until a transfer may have ended or a slot was woken, or until `deadline`.
+    pub fn sleep(&self, bell: &Bell, deadline: Option<Instant>) {
+        match (&self.ring, bell.sleeper.get()) {
+            (Some(ring), Some(alarm)) => ring.sleep(alarm, deadline),
+            _ => bell.sleep(deadline),
+        }
+    }
+
+    fn known(&self, ring: &Ring, fd: RawFd) -> Known {
+        let mut files = lock(&self.files);
+        if let Some(known) = files.iter().find(|known| known.fd == fd) {
+            return *known;
+        }
+        let at_once = at_once(fd);
+        let known = Known { fd, file: ring.add_file(fd, files.len()), reads: at_once, writes: at_once };
+        files.push(known);
+        known
+    }
+
+    /// The file did not take RWF_NOWAIT: it is not asked again.
+    fn give_up_at_once(&self, fd: RawFd, reads: bool) {
+        let mut files = lock(&self.files);
+        for known in files.iter_mut().filter(|known| known.fd == fd) {
+            *(if reads { &mut known.reads } else { &mut known.writes }) = AtOnce::Never;
+        }
+    }
+
+    fn file(&self, on: &dyn Storage) -> Option<(&Ring, Known)> {
+        let ring = self.ring.as_ref()?;
+        Some((ring, self.known(ring, on.raw_fd()?)))
+    }
+}
+
+fn at_once(fd: RawFd) -> AtOnce {
+    // SAFETY: a descriptor of an open storage; no memory is passed.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags < 0 || flags & libc::O_DIRECT != 0 {
+        return AtOnce::Never;
+    }
+    // SAFETY: all-zero bytes are a valid statfs, which the call fills.
+    let mut facts: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: as above, and a writable struct.
+    let known = unsafe { libc::fstatfs(fd, &raw mut facts) } == 0;
+    if known && facts.f_type as i64 == TMPFS { AtOnce::Always } else { AtOnce::Try }
+}
+
+/// What an attempt at once came to: `None` where it would have blocked, or did a part only.
+enum Attempt {
+    Done(usize),
+    Blocks,
+    NotSupported,
+}
+
+fn attempt(n: libc::ssize_t, length: u64) -> Attempt {
+    if n >= 0 && n as u64 == length {
+        return Attempt::Done(n as usize);
+    }
+    let unsupported =
+        n < 0 && matches!(io::Error::last_os_error().raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL));
+    if unsupported { Attempt::NotSupported } else { Attempt::Blocks }
+}
+
+fn read_at_once(fd: RawFd, pieces: &[IoDst<'_>], offset: u64) -> Attempt {
+    let (iov, count) = (pieces.as_ptr().cast(), pieces.len() as libc::c_int);
+    // SAFETY: the pieces' makers promised valid memory, and IoDst has the layout of struct iovec; at most IOV_MAX.
+    let n = unsafe { libc::preadv2(fd, iov, count, offset as libc::off_t, libc::RWF_NOWAIT) };
+    attempt(n, total_dst(pieces))
+}
+
+fn write_at_once(fd: RawFd, pieces: &[IoSrc<'_>], offset: u64) -> Attempt {
+    let (iov, count) = (pieces.as_ptr().cast(), pieces.len() as libc::c_int);
+    // SAFETY: as for reading.
+    let n = unsafe { libc::pwritev2(fd, iov, count, offset as libc::off_t, libc::RWF_NOWAIT) };
+    attempt(n, total_src(pieces))
+}
+
+impl Io for QueueIo {
+    async fn read(&self, on: &dyn Storage, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
+        let Some((ring, known)) = self.file(on).filter(|_| pieces.len() <= PIECES_MAX) else {
+            return self.pool.start(Call::Read(on, pieces, offset)).await;
+        };
+        match known.reads {
+            AtOnce::Always => return on.read(pieces, offset),
+            AtOnce::Try => match read_at_once(known.fd, pieces, offset) {
+                Attempt::Done(n) => return Ok(n),
+                Attempt::Blocks => {}
+                Attempt::NotSupported => self.give_up_at_once(known.fd, true),
+            },
+            AtOnce::Never => {}
+        }
+        match ring.read(known.file, pieces, offset).await {
+            Ok(n) if n as u64 == total_dst(pieces) => Ok(n),
+            // The end of the file, or interrupted: rare, and what is left is there or not.
+            Ok(_) => on.read(pieces, offset),
+            Err(e) if is_to_be_repeated(&e) => on.read(pieces, offset),
+            Err(e) => Err(e),
+        }
+    }
+
+    async fn write(&self, on: &dyn Storage, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
+        let Some((ring, known)) = self.file(on).filter(|_| pieces.len() <= PIECES_MAX) else {
+            return self.pool.start(Call::Write(on, pieces, offset)).await.map(|_| ());
+        };
+        match known.writes {
+            AtOnce::Always => return on.write(pieces, offset),
+            AtOnce::Try => match write_at_once(known.fd, pieces, offset) {
+                Attempt::Done(_) => return Ok(()),
+                Attempt::Blocks => {}
+                Attempt::NotSupported => self.give_up_at_once(known.fd, false),
+            },
+            AtOnce::Never => {}
+        }
+        match ring.write(known.file, pieces, offset).await {
+            Ok(n) if n as u64 == total_src(pieces) => Ok(()),
+            // No room, as a rule: the blocking call says so.
+            Ok(_) => on.write(pieces, offset),
+            Err(e) if is_to_be_repeated(&e) => on.write(pieces, offset),
+            Err(e) => Err(e),
+        }
+    }
+
+    async fn flush(&self, on: &dyn Storage) -> io::Result<()> {
+        match self.file(on) {
+            Some((_, known)) if known.writes == AtOnce::Always => on.flush(),
+            Some((ring, known)) => ring.flush(known.file).await.map(|_| ()),
+            None => self.pool.start(Call::Flush(on)).await.map(|_| ()),
+        }
+    }
+
+    async fn punch_hole(&self, on: &dyn Storage, offset: u64, length: u64) -> io::Result<()> {
+        match self.file(on) {
+            Some((_, known)) if known.writes == AtOnce::Always => on.punch_hole(offset, length),
+            Some((ring, known)) => ring.punch_hole(known.file, offset, length).await.map(|_| ()),
+            None => self.pool.start(Call::PunchHole(on, offset, length)).await.map(|_| ()),
+        }
+    }
+}
+
+fn is_to_be_repeated(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
+}

@@ -1,0 +1,431 @@
+//! Queues: the pipelines of the blocking calls, many at once, on io_uring and on threads, on files in memory, on a
+//! disk, and on a storage without a descriptor. Whatever is in flight, the guest reads what a flat array would.
+
+mod qemu;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::time::{Duration, Instant};
+
+use qcow2::format::GuestOffset;
+use qcow2::image::{CreateOptions, Image, OpenOptions, WriteFlags, ZeroFlags, create_with};
+use qcow2::queue::{Backend, Cancelled, Queue, Request};
+use qcow2::storage::memory::MemoryStorage;
+use qcow2::storage::sim::Rng;
+use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::wait::block_on;
+use qcow2::{Error, Result};
+
+const BACKENDS: [Backend; 2] = [Backend::IoUring, Backend::Threads];
+
+struct Place {
+    path: Option<PathBuf>, // none: in memory, without a descriptor
+    storage: Arc<MemoryStorage>,
+}
+
+impl Place {
+    fn all(name: &str) -> Vec<Self> {
+        let file = |folder: &Path| {
+            let path = folder.join(format!("libqcow2-queue-{name}-{}.qcow2", std::process::id()));
+            Self { path: Some(path), storage: Arc::default() }
+        };
+        let mut all = vec![file(&std::env::temp_dir()), Self { path: None, storage: Arc::default() }];
+        let memory = Path::new("/dev/shm");
+        all.extend(memory.is_dir().then(|| file(memory)));
+        all
+    }
+
+    /// The closed image, as QEMU sees it.
+    fn check(&self) {
+        if let (Some(path), Some(_)) = (&self.path, qemu::dir("queue")) {
+            qemu::check(path.to_str().unwrap(), false);
+        }
+    }
+
+    fn image(&self, size: u64, options: &CreateOptions) -> Arc<Image> {
+        Arc::new(match &self.path {
+            Some(path) => {
+                qcow2::image::create(path, size, options, true).unwrap();
+                Image::open(path, &OpenOptions::default()).unwrap()
+            }
+            None => {
+                block_on(create_with(&Blocking, &*self.storage, size, options)).unwrap();
+                Image::open_storage(self.storage.clone(), &OpenOptions::default()).unwrap()
+            }
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Memory that requests use, which stays where it is; looked at only while no request is using it.
+struct Buffer(Box<[u8]>);
+
+impl Buffer {
+    fn new(length: usize) -> Self {
+        Self(vec![0; length].into())
+    }
+
+    fn dst(&mut self, from: usize, length: usize) -> IoDst<'static> {
+        assert!(from + length <= self.0.len());
+        // SAFETY: the tests drop their queues, which wait for all requests, before their buffers.
+        unsafe { IoDst::from_raw(self.0.as_mut_ptr().add(from), length) }
+    }
+
+    fn src(&self, from: usize, length: usize) -> IoSrc<'static> {
+        assert!(from + length <= self.0.len());
+        // SAFETY: as above.
+        unsafe { IoSrc::from_raw(self.0.as_ptr().add(from).cast_mut(), length) }
+    }
+}
+
+fn push(queue: &mut Queue, request: Request, user_data: u64) {
+    assert!(queue.push(request, user_data).is_ok(), "no slot is free");
+}
+
+fn reap_all(queue: &mut Queue) -> Vec<(u64, Result<()>)> {
+    let mut all = Vec::new();
+    queue.reap(usize::MAX, usize::MAX, None, |c| all.push((c.user_data, c.result))).unwrap();
+    all
+}
+
+fn each(name: &str, test: impl Fn(&Place, Backend)) {
+    for place in Place::all(name) {
+        for backend in BACKENDS {
+            test(&place, backend);
+        }
+    }
+}
+
+/// Requests of a batch do not overlap: what they leave is known. Their clusters do, all the time.
+#[test]
+fn what_a_queue_does_is_what_an_array_would_hold() {
+    const SIZE: u64 = 6 << 20;
+    const UNIT: u64 = 3 * 1024; // neither a sector multiple of subclusters nor of clusters
+    each("model", |place, backend| {
+        for (seed, extended_l2) in [(1u64, true), (2, false)] {
+            let options = CreateOptions { extended_l2, ..CreateOptions::default() };
+            let image = place.image(SIZE, &options);
+            let mut queue = Queue::new(image.clone(), 32, backend).unwrap();
+            assert_eq!(queue.backend(), backend);
+            let (mut rng, mut model) = (Rng::new(seed), vec![0u8; SIZE as usize]);
+            let mut buffers: Vec<Buffer> = (0..32).map(|_| Buffer::new(40 * UNIT as usize)).collect();
+            for round in 0..60u64 {
+                batch(&mut queue, &mut rng, &mut model, &mut buffers, round);
+            }
+            let mut seen = vec![0; SIZE as usize];
+            image.pread(&mut seen, 0).unwrap();
+            assert!(seen == model, "blocking calls read something else");
+            drop(queue);
+            image.close().unwrap();
+            place.check();
+        }
+    });
+
+    fn batch(queue: &mut Queue, rng: &mut Rng, model: &mut [u8], buffers: &mut [Buffer], round: u64) {
+        let mut reads = Vec::new();
+        let mut at = rng.below(50);
+        for (slot, buffer) in buffers.iter_mut().enumerate() {
+            let units_max = if rng.below(4) == 0 { 40 } else { 3 };
+            let units = 1 + rng.below(units_max);
+            if (at + units) * UNIT > SIZE {
+                break;
+            }
+            let (offset, length) = (at * UNIT, units * UNIT);
+            let range = offset as usize..(offset + length) as usize;
+            let fua = rng.below(20) == 0;
+            let request = match rng.below(10) {
+                0..4 => {
+                    let value = (round * 32 + slot as u64) as u8 | 1;
+                    buffer.0.fill(value);
+                    model[range].fill(value);
+                    let half = length as usize / 2 + 7;
+                    let pieces = vec![buffer.src(0, half), buffer.src(half, length as usize - half)];
+                    Request::Write(pieces, GuestOffset(offset), WriteFlags { fua })
+                }
+                4..7 => {
+                    reads.push((slot, range));
+                    Request::Read(vec![buffer.dst(0, length as usize)], GuestOffset(offset))
+                }
+                7..9 => {
+                    model[range].fill(0);
+                    let may_unmap = rng.below(2) == 0;
+                    Request::WriteZeroes(GuestOffset(offset), length, ZeroFlags { may_unmap, fua, no_fallback: false })
+                }
+                _ => Request::Flush,
+            };
+            push(queue, request, slot as u64);
+            if rng.below(3) == 0 {
+                queue.submit();
+            }
+            at += units + rng.below(8);
+        }
+        for (user_data, result) in reap_all(queue) {
+            result.unwrap_or_else(|e| panic!("request {user_data}: {e}"));
+        }
+        for (slot, range) in reads {
+            assert!(buffers[slot].0[..range.len()] == model[range.clone()], "round {round}: read {range:?}");
+        }
+    }
+}
+
+/// The thread that waits is the one that the queue would need to go on.
+#[test]
+fn a_blocking_call_never_waits_for_a_queue_that_waits_for_its_owner() {
+    each("help", |place, backend| {
+        let options = CreateOptions { extended_l2: true, ..CreateOptions::default() };
+        let image = place.image(4 << 20, &options);
+        let mut queue = Queue::new(image.clone(), 8, backend).unwrap();
+        let buffer = Buffer::new(4096);
+        for round in 0..50u64 {
+            let at = round * 65536;
+            for i in 0..4 {
+                push(
+                    &mut queue,
+                    Request::Write(vec![buffer.src(0, 4096)], GuestOffset(at + i * 8192), WriteFlags::default()),
+                    i,
+                );
+            }
+            push(&mut queue, Request::Flush, 4);
+            queue.submit();
+            // Another subcluster of the cluster that requests under way have claimed.
+            image.pwrite(&[round as u8 + 1; 4096], at + 4 * 8192).unwrap();
+            image.write_zeroes(at, 4096, ZeroFlags::default()).unwrap();
+            image.flush().unwrap();
+            let mut seen = [0; 4096];
+            image.pread(&mut seen, at + 4 * 8192).unwrap();
+            assert_eq!(seen, [round as u8 + 1; 4096]);
+            assert_eq!(reap_all(&mut queue).len(), 5);
+        }
+        drop(queue);
+        image.close().unwrap();
+    });
+}
+
+#[test]
+fn queues_and_threads_share_an_image() {
+    each("share", |place, backend| {
+        let image = place.image(64 << 20, &CreateOptions { extended_l2: true, ..CreateOptions::default() });
+        std::thread::scope(|scope| {
+            for owner in 0..2u64 {
+                let image = image.clone();
+                scope.spawn(move || {
+                    let mut queue = Queue::new(image, 16, backend).unwrap();
+                    let buffers: Vec<Buffer> =
+                        (0..16).map(|i| Buffer(vec![(owner * 16 + i) as u8 + 1; 2048].into())).collect();
+                    for round in 0..40u64 {
+                        for (i, buffer) in buffers.iter().enumerate() {
+                            // Interleaved with the other owners' in every cluster.
+                            let at = GuestOffset((round * 16 + i as u64) * 8192 + owner * 2048);
+                            push(&mut queue, Request::Write(vec![buffer.src(0, 2048)], at, WriteFlags::default()), 0);
+                        }
+                        assert!(reap_all(&mut queue).iter().all(|(_, result)| result.is_ok()));
+                    }
+                });
+            }
+            for owner in 2..4u64 {
+                let image = &image;
+                scope.spawn(move || {
+                    for i in 0..640u64 {
+                        image.pwrite(&[owner as u8 + 100; 2048], i * 8192 + owner * 2048).unwrap();
+                    }
+                });
+            }
+        });
+        let mut seen = vec![0; 640 * 8192];
+        image.pread(&mut seen, 0).unwrap();
+        for (at, sector) in seen.chunks(2048).enumerate() {
+            let (i, owner) = (at as u64 / 4, at as u64 % 4);
+            let value = if owner < 2 { (owner * 16 + i % 16) as u8 + 1 } else { owner as u8 + 100 };
+            assert!(sector.iter().all(|&byte| byte == value), "at {at}");
+        }
+        image.close().unwrap();
+    });
+}
+
+fn readable(fd: i32, timeout_ms: i32) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one struct.
+    unsafe { libc::poll(&raw mut poll, 1, timeout_ms) == 1 }
+}
+
+/// An event loop: nothing but the descriptor tells it when to reap, and it never waits in vain.
+#[test]
+fn the_descriptor_is_readable_when_there_is_something_to_do() {
+    each("fd", |place, backend| {
+        let image = place.image(16 << 20, &CreateOptions { extended_l2: true, ..CreateOptions::default() });
+        let mut queue = Queue::new(image.clone(), 8, backend).unwrap();
+        let fd = queue.fd().unwrap();
+        assert!(!readable(fd, 0), "nothing has happened");
+        let buffer = Buffer::new(3000);
+        for round in 0..100u64 {
+            for i in 0..8 {
+                let at = GuestOffset(round * 100_000 + i * 3000);
+                push(&mut queue, Request::Write(vec![buffer.src(0, 3000)], at, WriteFlags::default()), i);
+            }
+            queue.submit();
+            let mut ended = 0;
+            while ended < 8 {
+                assert!(readable(fd, 10_000), "round {round}: nobody was told of {ended} of 8");
+                ended += queue.reap(3, 0, None, |c| c.result.unwrap()).unwrap();
+            }
+        }
+        // What a queue's request waits for may end in another thread.
+        push(&mut queue, Request::Flush, 0);
+        queue.submit();
+        while queue.reap(1, 0, None, |c| c.result.unwrap()).unwrap() == 0 {
+            assert!(readable(fd, 10_000));
+        }
+        drop(queue);
+        image.close().unwrap();
+    });
+}
+
+#[test]
+fn slots_are_bounded_and_what_was_not_submitted_can_be_cancelled() {
+    each("cancel", |place, backend| {
+        let image = place.image(1 << 20, &CreateOptions::default());
+        let mut queue = Queue::new(image.clone(), 2, backend).unwrap();
+        let buffer = Buffer(vec![5; 512].into());
+        let write = |at| Request::Write(vec![buffer.src(0, 512)], GuestOffset(at), WriteFlags::default());
+        push(&mut queue, write(0), 10);
+        push(&mut queue, write(512), 11);
+        assert!(queue.push(write(1024), 12).is_err(), "two slots");
+        assert_eq!(queue.cancel(11), Cancelled::Yes);
+        assert_eq!((queue.cancel(12), queue.cancel(11)), (Cancelled::Unknown, Cancelled::TooLate));
+        let mut ended = reap_all(&mut queue);
+        ended.sort_by_key(|(user_data, _)| *user_data);
+        assert!(matches!(&ended[..], [(10, Ok(())), (11, Err(Error::Cancelled))]), "{ended:?}");
+        let mut seen = [0; 1024];
+        image.pread(&mut seen, 0).unwrap();
+        assert_eq!((seen[511], seen[512]), (5, 0));
+        // Nothing to wait for: no reap sleeps, whatever it asks for.
+        let start = Instant::now();
+        assert_eq!(queue.reap(9, 9, None, |_| ()).unwrap(), 0);
+        assert_eq!(queue.reap(9, 9, Some(Duration::from_secs(60)), |_| ()).unwrap(), 0);
+        assert!(start.elapsed() < Duration::from_secs(30));
+        // A request that cannot be done says so, and the slot is free again.
+        for _ in 0..5 {
+            push(&mut queue, write(1 << 20), 1);
+            assert!(matches!(&reap_all(&mut queue)[..], [(1, Err(Error::OutOfRange { .. }))]));
+        }
+        for depth in [0, 4097] {
+            assert!(Queue::new(image.clone(), depth, backend).is_err());
+        }
+        drop(queue);
+        image.close().unwrap();
+    });
+}
+
+#[test]
+fn a_queue_that_is_dropped_and_an_image_that_is_closed_let_requests_end_first() {
+    each("drop", |place, backend| {
+        let image = place.image(8 << 20, &CreateOptions { extended_l2: true, ..CreateOptions::default() });
+        let buffer = Buffer(vec![9; 4096].into());
+        let begin = |queue: &mut Queue, first: u64| {
+            for i in first..first + 16 {
+                push(
+                    queue,
+                    Request::Write(vec![buffer.src(0, 4096)], GuestOffset(i * 65536), WriteFlags::default()),
+                    i,
+                );
+            }
+            queue.submit();
+            push(queue, Request::Write(vec![buffer.src(0, 4096)], GuestOffset(7 << 20), WriteFlags::default()), 99);
+        };
+        let mut queue = Queue::new(image.clone(), 17, backend).unwrap();
+        begin(&mut queue, 0);
+        drop(queue);
+        let mut queue = Queue::new(image.clone(), 17, backend).unwrap();
+        begin(&mut queue, 16);
+        let mut seen = [0; 4096];
+        for i in 0..16 {
+            image.pread(&mut seen, i * 65536).unwrap();
+            assert_eq!(seen, [9; 4096]);
+        }
+        image.pread(&mut seen, 7 << 20).unwrap();
+        assert_eq!(seen, [0; 4096], "it was never submitted");
+        image.close().unwrap();
+        let ended = reap_all(&mut queue);
+        assert_eq!(ended.iter().filter(|(_, result)| result.is_ok()).count(), 16, "{ended:?}");
+        assert!(ended.iter().any(|(user_data, result)| *user_data == 99 && result.is_err()), "the image is closed");
+        drop(queue);
+        place.check();
+    });
+}
+
+/// A storage that fails, and one that panics in the middle.
+struct Failing {
+    inner: MemoryStorage,
+    left: AtomicI32,
+    panics: AtomicBool,
+}
+
+impl Failing {
+    fn step(&self) -> std::io::Result<()> {
+        if self.left.fetch_sub(1, Ordering::SeqCst) > 0 {
+            return Ok(());
+        }
+        assert!(!self.panics.load(Ordering::SeqCst), "of the test");
+        Err(std::io::Error::from_raw_os_error(libc::ENOSPC))
+    }
+}
+
+impl Storage for Failing {
+    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> std::io::Result<usize> {
+        self.inner.read(pieces, offset)
+    }
+    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> std::io::Result<()> {
+        self.step()?;
+        self.inner.write(pieces, offset)
+    }
+    fn flush(&self) -> std::io::Result<()> {
+        self.step()
+    }
+    fn size(&self) -> std::io::Result<u64> {
+        self.inner.size()
+    }
+    fn truncate(&self, size: u64) -> std::io::Result<()> {
+        self.inner.truncate(size)
+    }
+}
+
+#[test]
+fn errors_of_the_storage_end_the_requests_that_they_hit() {
+    for backend in BACKENDS {
+        for panics in [false, true] {
+            for steps in 0..30 {
+                let storage =
+                    Failing { inner: MemoryStorage::default(), left: AtomicI32::new(i32::MAX), panics: panics.into() };
+                block_on(create_with(&Blocking, &storage, 4 << 20, &CreateOptions::default())).unwrap();
+                let storage = Arc::new(storage);
+                let image = Arc::new(Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap());
+                let mut queue = Queue::new(image.clone(), 8, backend).unwrap();
+                let buffer = Buffer(vec![3; 4096].into());
+                storage.left.store(steps, Ordering::SeqCst);
+                for i in 0..7u64 {
+                    let at = GuestOffset(i * 65536);
+                    push(&mut queue, Request::Write(vec![buffer.src(0, 4096)], at, WriteFlags::default()), i);
+                }
+                push(&mut queue, Request::Flush, 7);
+                let ended = reap_all(&mut queue);
+                assert_eq!(ended.len(), 8, "every request ends");
+                storage.left.store(i32::MAX, Ordering::SeqCst);
+                for (i, result) in ended.iter().filter(|(i, _)| *i < 7) {
+                    let mut seen = [0; 4096];
+                    image.pread(&mut seen, i * 65536).unwrap();
+                    assert!(seen == [3; 4096] || (result.is_err() && seen == [0; 4096]), "{i}: {result:?}");
+                }
+                drop(queue);
+                drop(image);
+            }
+        }
+    }
+}
