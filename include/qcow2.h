@@ -1166,6 +1166,25 @@ int qcow2_storage_new(const struct qcow2_storage_ops *ops,
 int qcow2_storage_open(const char *path, uint32_t flags, qcow2_storage **storage);
 
 /**
+ * Makes a storage that passes everything on to another one and writes down, in the format of the kernel's
+ * dm-log-writes target, what is written, flushed and discarded: whoever wants to know what a power cut would leave can
+ * replay the log onto a copy of the file as it was before, up to any entry.
+ *
+ * inner:    where the bytes are. The new storage keeps a reference
+ * log_path: the log, a file that is made or emptied
+ * flags:    0
+ * storage:  where the storage goes; set to NULL on an error
+ *
+ * Calls are passed on one at a time: this is for tests. A call whose entry cannot be logged fails. The number of
+ * entries in the log is right after each flush, and once the last user of the storage is gone.
+ * Returns 0 or a negative errno: that of open(2) for the log. Thread-safe. Since 0.1.
+ */
+int qcow2_storage_record(qcow2_storage *inner,
+                         const char *log_path,
+                         uint32_t flags,
+                         qcow2_storage **storage);
+
+/**
  * Gives up the caller's reference to a storage. What still uses the storage (an open image, options) keeps it alive.
  *
  * storage: not to be used any more; NULL is a no-op

@@ -15,8 +15,10 @@ use super::arguments::{flags as check_flags, out, path};
 use super::boundary::{call, null};
 use super::opts::qcow2_destroy_fn;
 use super::structs::{self, AbiStruct};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoOp, Result};
 use crate::image::backing::open_file;
+use crate::storage::file::FileStorage;
+use crate::storage::record::Recorder;
 use crate::storage::{IoDst, IoSrc, Storage};
 
 /// Flag of qcow2_storage_open(): open the file for reading only.
@@ -286,6 +288,42 @@ pub unsafe extern "C" fn qcow2_storage_open(
         let path = unsafe { self::path("path", path) }?;
         let file = open_file(path, flags & QCOW2_STORAGE_READ_ONLY == 0)?;
         *storage = Box::into_raw(Box::new(qcow2_storage { inner: Arc::new(file) }));
+        Ok(())
+    })
+}
+
+/// Makes a storage that passes everything on to another one and writes down, in the format of the kernel's
+/// dm-log-writes target, what is written, flushed and discarded: whoever wants to know what a power cut would leave can
+/// replay the log onto a copy of the file as it was before, up to any entry.
+///
+/// inner:    where the bytes are. The new storage keeps a reference
+/// log_path: the log, a file that is made or emptied
+/// flags:    0
+/// storage:  where the storage goes; set to NULL on an error
+///
+/// Calls are passed on one at a time: this is for tests. A call whose entry cannot be logged fails. The number of
+/// entries in the log is right after each flush, and once the last user of the storage is gone.
+/// Returns 0 or a negative errno: that of open(2) for the log. Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_storage_record(
+    inner: *mut qcow2_storage,
+    log_path: *const c_char,
+    flags: u32,
+    storage: *mut *mut qcow2_storage,
+) -> c_int {
+    call(|| {
+        // SAFETY: NULL or valid for a write by the manual above.
+        let storage = unsafe { out("storage", storage, std::ptr::null_mut()) }?;
+        check_flags(flags, 0)?;
+        // SAFETY: NULL or a live storage by the manual above.
+        let inner = unsafe { inner.as_ref() }.ok_or_else(|| null("inner"))?;
+        // SAFETY: NULL or a C string by the manual above.
+        let path = unsafe { self::path("log_path", log_path) }?;
+        let mut open = std::fs::OpenOptions::new();
+        let log = open.read(true).write(true).create(true).truncate(true).open(path);
+        let log = Arc::new(FileStorage::new(log.map_err(|e| Error::open(path, &e))?));
+        let recorder = Recorder::new(Arc::clone(&inner.inner), log).map_err(|e| Error::io(IoOp::Write, 0, &e))?;
+        *storage = Box::into_raw(Box::new(qcow2_storage { inner: Arc::new(recorder) }));
         Ok(())
     })
 }

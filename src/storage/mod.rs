@@ -12,6 +12,7 @@ pub mod file;
 pub mod lock;
 pub mod memory;
 pub mod pieces;
+pub mod record;
 pub mod sim;
 
 /// A piece of memory that a transfer writes into, laid out as `struct iovec`.
