@@ -78,6 +78,8 @@ pub enum CorruptionKind {
     RefcountBlockBeyondEof,
     /// A refcount would fall below zero: the cluster is referenced more often than it is counted.
     RefcountUnderflow,
+    /// A cluster that an entry refers to is counted as free.
+    ReferencedCountedFree,
     /// The allocator found a cluster counted as free that the header, the L1 table or the refcount structures occupy.
     MetadataCountedFree,
 }
@@ -107,6 +109,7 @@ impl CorruptionKind {
             }
             Self::RefcountBlockBeyondEof => "refcount table entry points to a block past the end of the file",
             Self::RefcountUnderflow => "cluster has more references than its refcount says",
+            Self::ReferencedCountedFree => "cluster that an entry refers to is counted as free",
             Self::MetadataCountedFree => "cluster that holds metadata is counted as free",
         }
     }
@@ -159,6 +162,16 @@ pub enum Error {
         value: u64,
         /// What it should have been.
         expected: &'static str,
+    },
+    /// There is no such snapshot.
+    SnapshotMissing {
+        /// The id or name that was looked for.
+        wanted: String,
+    },
+    /// The snapshot is open as a handle of its own.
+    SnapshotInUse {
+        /// The id or name by which it was to be deleted.
+        wanted: String,
     },
     /// The file does not start with the qcow2 magic.
     NotQcow2 {
@@ -357,6 +370,8 @@ pub enum ErrorCode {
     Cancelled = 20,
     /// [`Error::QueueFull`] and [`Error::NotCancelled`].
     Queue = 30,
+    /// [`Error::SnapshotMissing`] and [`Error::SnapshotInUse`].
+    Snapshot = 23,
 }
 
 impl Error {
@@ -376,6 +391,7 @@ impl Error {
             Self::Io { .. } | Self::OpenFile { .. } => ErrorCode::Io,
             Self::Corrupt(_) | Self::MarkedCorrupt => ErrorCode::Corrupt,
             Self::Header { .. } | Self::BitmapDirectory { .. } | Self::SnapshotTable { .. } => ErrorCode::BadHeader,
+            Self::SnapshotMissing { .. } | Self::SnapshotInUse { .. } => ErrorCode::Snapshot,
             Self::NotQcow2 { .. } => ErrorCode::NotQcow2,
             Self::Unsupported { .. } | Self::NoFallback => ErrorCode::Unsupported,
             Self::BackingDenied { .. } => ErrorCode::BackingDenied,
@@ -413,6 +429,8 @@ impl Error {
             Self::NeedsRepair => libc::EUCLEAN,
             Self::ReadOnly | Self::InspectOnly => libc::EROFS,
             Self::TooLarge { .. } => libc::EFBIG,
+            Self::SnapshotMissing { .. } => libc::ENOENT,
+            Self::SnapshotInUse { .. } => libc::EBUSY,
             Self::Exists { .. } => libc::EEXIST,
             Self::Locked { .. } => libc::EBUSY,
             Self::Cancelled => libc::ECANCELED,
@@ -470,6 +488,10 @@ impl fmt::Display for Error {
             }
             Self::SnapshotTable { entry, field, value, expected } => {
                 write!(f, "snapshot table entry {entry}: {field} is {value} (0x{value:x}); expected {expected}")
+            }
+            Self::SnapshotMissing { wanted } => write!(f, "the image has no snapshot with the id or name '{wanted}'"),
+            Self::SnapshotInUse { wanted } => {
+                write!(f, "snapshot '{wanted}' is open as a handle of its own; close that before deleting it")
             }
             Self::NotQcow2 { magic } => write!(f, "not a qcow2 image: it starts with 0x{magic:08x} instead of 0x514649fb"),
             Self::Unsupported { feature } => write!(f, "the image needs a feature that is not supported: {feature}"),

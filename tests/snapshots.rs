@@ -1,11 +1,16 @@
 //! Internal snapshots: their table, and what is done with them, against QEMU.
 
+mod judge;
 mod qemu;
 
+use std::path::Path;
 use std::sync::Arc;
 
+use judge::Judge;
 use qcow2::format::Header;
+use qcow2::image::{BackingPolicy, Image, OpenOptions, SnapshotFacts, ZeroFlags};
 use qcow2::storage::memory::MemoryStorage;
+use qcow2::storage::sim::{DiskImage, Rng};
 use qcow2::storage::{Blocking, Storage};
 use qcow2::tables::file::HostFile;
 use qcow2::tables::snapshots::SnapshotTable;
@@ -76,4 +81,223 @@ fn tables_that_lie_are_refused_by_name() {
     assert_eq!(field_of(with(&|b| b.truncate(at + 39))), (0, "offset"));
     let half = with(&|b| b.truncate(at + 66)).map(|_| ());
     assert!(matches!(half, Err(Error::SnapshotTable { entry: 1, .. })), "{half:?}");
+}
+
+/// Contents of an image and of its snapshots, as QEMU sees them.
+fn qemu_reads(path: &str, dir: &qemu::Dir, snapshot: Option<&str>) -> Vec<u8> {
+    let raw = dir.path("seen.raw");
+    let mut args = vec!["convert", "-f", "qcow2", "-O", "raw"];
+    let by_id = snapshot.map(|id| format!("snapshot.id={id}"));
+    if let Some(by_id) = &by_id {
+        args.extend(["-l", by_id]);
+    }
+    args.extend([path, &raw]);
+    qemu::img(&args);
+    std::fs::read(raw).unwrap()
+}
+
+struct Kept {
+    id: String,
+    name: String,
+    content: Vec<u8>,
+}
+
+fn open_image(path: &str, options: &[(&str, &str)]) -> Image {
+    let mut all = OpenOptions { backing: BackingPolicy::Any, ..OpenOptions::default() };
+    options.iter().for_each(|(key, value)| all.set(key, value).unwrap());
+    Image::open(Path::new(path), &all).unwrap()
+}
+
+fn read_all(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0xaa; image.size() as usize];
+    image.pread(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// Everything reads as it should, by us and by QEMU, and nothing is leaked.
+fn check_all(path: &str, dir: &qemu::Dir, content: &[u8], kept: &[Kept], label: &str) {
+    qemu::check(path, false);
+    assert!(qemu_reads(path, dir, None) == content, "{label}: QEMU reads something else");
+    let bytes = DiskImage::new(std::fs::read(path).unwrap());
+    let verdict = Judge::default().judge(&bytes);
+    assert!(verdict.violations.is_empty() && verdict.leaks == 0, "{label}: {verdict:?}");
+    let image = open_image(path, &[("read_only", "on")]);
+    assert!(read_all(&image) == content, "{label}: the disk differs");
+    let listed: Vec<(Vec<u8>, Vec<u8>)> = image.snapshots().unwrap().into_iter().map(|s| (s.id, s.name)).collect();
+    let expected: Vec<_> = kept.iter().map(|k| (k.id.clone().into_bytes(), k.name.clone().into_bytes())).collect();
+    assert_eq!(listed, expected, "{label}");
+    for k in kept {
+        assert!(qemu_reads(path, dir, Some(&k.id)) == k.content, "{label}: QEMU reads snapshot {} differently", k.id);
+        let opened = image.snapshot_open(&k.id).unwrap();
+        assert!(read_all(&opened) == k.content, "{label}: snapshot {} differs", k.id);
+        let by_option = open_image(path, &[("snapshot", &k.id)]);
+        assert!(read_all(&by_option) == k.content, "{label}: snapshot {} differs by option", k.id);
+    }
+}
+
+fn random_bytes(rng: &mut Rng, length: u64) -> Vec<u8> {
+    let mut bytes: Vec<u8> = (0..length.div_ceil(8)).flat_map(|_| rng.next_u64().to_le_bytes()).collect();
+    bytes.truncate(length as usize);
+    bytes
+}
+
+/// An image that QEMU and we work on in turns, and what it has to read as.
+struct Model<'a> {
+    dir: &'a qemu::Dir,
+    path: String,
+    image: Option<Image>,
+    cluster: u64,
+    content: Vec<u8>,
+    kept: Vec<Kept>,
+    rng: Rng,
+}
+
+impl<'a> Model<'a> {
+    fn new(dir: &'a qemu::Dir, options: &str, size: u64, with_backing: bool, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let (path, base) = (dir.path("model.qcow2"), dir.path("base.raw"));
+        let mut content = vec![0; size as usize];
+        let size_text = size.to_string();
+        let mut args = vec!["create", "-q", "-f", "qcow2", "-o", options];
+        if with_backing {
+            content = random_bytes(&mut rng, size);
+            std::fs::write(&base, &content).unwrap();
+            args.extend(["-b", &base, "-F", "raw"]);
+        }
+        args.extend([&path[..], &size_text]);
+        qemu::img(&args);
+        let cluster = Header::parse(&std::fs::read(&path).unwrap()).unwrap().geometry.cluster_size_bytes();
+        Self { dir, path, image: None, cluster, content, kept: Vec::new(), rng }
+    }
+
+    /// Opens the image, perhaps with caches that hold next to nothing.
+    fn image(&mut self) -> &Image {
+        if self.image.is_none() {
+            let tiny: &[(&str, &str)] = &[("l2_cache_size", "4k"), ("refcount_cache_size", "4k")];
+            let options = if self.rng.one_in(2) { tiny } else { &[] };
+            self.image = Some(open_image(&self.path, options));
+        }
+        self.image.as_ref().unwrap()
+    }
+
+    fn close(&mut self) {
+        self.image().close().unwrap();
+        self.image = None;
+    }
+
+    fn qemu_snapshot(&mut self, what: &str, name: &str) {
+        self.close();
+        qemu::img(&["snapshot", what, name, &self.path]);
+    }
+
+    fn check(&mut self, label: &str) {
+        self.close();
+        check_all(&self.path, self.dir, &self.content, &self.kept, label);
+    }
+
+    fn random_kept(&mut self) -> usize {
+        self.rng.below(self.kept.len() as u64) as usize
+    }
+
+    /// One operation; those on snapshots by QEMU now and then.
+    fn step(&mut self) -> Result<()> {
+        let size = self.content.len() as u64;
+        let at = self.rng.below(size);
+        let most = [300, self.cluster, 5 * self.cluster][self.rng.below(3) as usize];
+        let length = (1 + self.rng.below(most)).min(size - at);
+        let (from, to) = (at / self.cluster * self.cluster, (at + length).next_multiple_of(self.cluster).min(size));
+        let by_qemu = self.rng.one_in(4);
+        match self.rng.below(20) {
+            0..9 => {
+                let data = random_bytes(&mut self.rng, length);
+                self.image().pwrite(&data, at)?;
+                self.content[at as usize..(at + length) as usize].copy_from_slice(&data);
+            }
+            9 => {
+                let flags = ZeroFlags { may_unmap: self.rng.one_in(2), ..ZeroFlags::default() };
+                self.image().write_zeroes(at, length, flags)?;
+                self.content[at as usize..(at + length) as usize].fill(0);
+            }
+            10 if self.image().header().geometry.version > 2 => {
+                self.image().discard(from, to - from)?;
+                self.content[from as usize..to as usize].fill(0);
+            }
+            11 => self.image().flush()?,
+            12 => self.close(),
+            13..16 if self.kept.len() < 5 => {
+                let name = format!("s{}", self.rng.below(4));
+                match by_qemu {
+                    true => self.qemu_snapshot("-c", &name),
+                    false => drop(self.image().snapshot_create(&name, &SnapshotFacts::default())?),
+                }
+                let id = String::from_utf8(self.image().snapshots()?.pop().unwrap().id).unwrap();
+                self.kept.push(Kept { id, name, content: self.content.clone() });
+            }
+            16 | 17 if !self.kept.is_empty() => {
+                let index = self.random_kept();
+                let id = self.kept[index].id.clone();
+                match by_qemu {
+                    true => self.qemu_snapshot("-a", &id),
+                    false => self.image().snapshot_apply(&id)?,
+                }
+                self.content = self.kept[index].content.clone();
+            }
+            18 | 19 if !self.kept.is_empty() => {
+                let index = self.random_kept();
+                let gone = self.kept.remove(index);
+                // QEMU deletes by name alone, and takes the first one.
+                match by_qemu && self.kept.iter().all(|other| other.name != gone.name) {
+                    true => self.qemu_snapshot("-d", &gone.name),
+                    false => self.image().snapshot_delete(&gone.id, None)?,
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Random writes, zeroes, discards, snapshots and reopens.
+fn run_model(mut model: Model, label: &str) {
+    for op in 0..number("SNAPSHOT_OPS", 120) {
+        let label = format!("{label}, op {op}");
+        model.step().unwrap_or_else(|e| panic!("{label}: {e}"));
+        if op % 30 == 29 {
+            model.check(&label);
+        }
+        if model.rng.one_in(3) {
+            let found = read_all(model.image());
+            let wrong = found.iter().zip(&model.content).position(|(a, b)| a != b);
+            assert_eq!(wrong, None, "{label}: the disk differs");
+        }
+    }
+    while let Some(kept) = model.kept.pop() {
+        model.image().snapshot_delete(&kept.id, None).unwrap();
+    }
+    model.check(&format!("{label}, all deleted"));
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+#[test]
+fn we_and_qemu_take_turns_on_one_image() {
+    let Some(dir) = qemu::dir("snapshot-model") else { return };
+    let cases = [
+        ("cluster_size=512", 300 << 10, false),
+        ("cluster_size=512,refcount_bits=64", 300 << 10, true),
+        ("cluster_size=4k", 1 << 20, true),
+        ("cluster_size=4k,compat=0.10", 1 << 20, false),
+        ("cluster_size=16k,extended_l2=on", 3 << 20, true),
+        ("cluster_size=64k", (5 << 20) + 512, false),
+        ("cluster_size=64k,extended_l2=on,refcount_bits=8", 5 << 20, true),
+        ("cluster_size=2M,refcount_bits=64", 12 << 20, false),
+    ];
+    for (n, (options, size, with_backing)) in cases.into_iter().enumerate() {
+        for round in 0..number("SNAPSHOT_ROUNDS", 1) {
+            let seed = number("SNAPSHOT_SEED", 1) * 1000 + round * 100 + n as u64;
+            run_model(Model::new(&dir, options, size, with_backing, seed), &format!("{options}, seed {seed}"));
+        }
+    }
 }

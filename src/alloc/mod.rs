@@ -4,6 +4,7 @@
 //! entry is gone from memory, but its count stays until (a) the removal is durable and (b) every request that could
 //! hold its offset has finished. Only then the count is lowered, and only a count of 0 is ever handed out (M2).
 
+pub mod bulk;
 pub mod epoch;
 pub mod find;
 
@@ -167,7 +168,14 @@ impl Allocator {
             !safe
         });
         ready.sort_unstable();
-        let mut lowering = Lowering { refcounts: &tables.refcounts, left: ready };
+        self.lower(io, tables, ready, punch).await
+    }
+
+    /// Takes back a reference to each of these clusters, which are sorted, at once. The caller knows that it is safe:
+    /// that nothing on disk or in memory refers to them by it any more. After an error the rest is done with the next
+    /// flush.
+    pub async fn lower<I: Io>(&self, io: &I, tables: &Tables, clusters: Vec<HostCluster>, punch: bool) -> Result<()> {
+        let mut lowering = Lowering { refcounts: &tables.refcounts, left: clusters };
         if punch {
             punch_freed(io, tables, &lowering.left).await?;
         }

@@ -5,6 +5,7 @@ pub mod extension;
 pub mod geometry;
 pub mod header;
 pub mod l2;
+pub mod l2_table;
 pub mod layout;
 pub mod refcount;
 pub mod snapshot;

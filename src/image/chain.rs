@@ -3,6 +3,8 @@
 //! The chain is a list, not a tree of handles: resolving walks down it in a loop, so that depth costs neither stack
 //! nor heap.
 
+use std::sync::Arc;
+
 use crate::codec;
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::l2::CompressedExtent;
@@ -13,7 +15,8 @@ use crate::storage::{Io, IoDst};
 use crate::tables::file::HostFile;
 use crate::tables::{Found, Tables};
 
-/// One file of the chain.
+/// One file of the chain. Shared by handles that read different states of the first one.
+#[derive(Clone)]
 pub struct Layer {
     /// Name under which its overlay refers to it; empty for the image itself.
     pub name: String,
@@ -22,18 +25,19 @@ pub struct Layer {
 }
 
 /// What a file of the chain holds.
+#[derive(Clone)]
 pub enum Content {
     /// A qcow2 image.
     Qcow2 {
         /// Its tables.
-        tables: Box<Tables>,
+        tables: Arc<Tables>,
         /// Method of its compressed clusters.
         compression: Compression,
     },
     /// Raw bytes.
     Raw {
         /// The file.
-        file: HostFile,
+        file: Arc<HostFile>,
         /// Its size when it was opened.
         size_bytes: u64,
     },

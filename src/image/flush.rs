@@ -5,6 +5,7 @@ use super::status::{CLOSED, CORRUPT, POISONED, READ_ONLY, UNTOUCHED};
 use crate::error::{Error, Result};
 use crate::image::options::LogLevel;
 use crate::storage::Io;
+use crate::wait::lock;
 
 impl Image {
     /// Makes all writes durable that were acknowledged before the call. See [`Image::flush`].
@@ -50,7 +51,8 @@ impl Image {
     pub async fn close_with<I: Io>(&self, io: &I) -> Result<()> {
         let before = self.status.set(CLOSED);
         let result = self.finish(io, before).await;
-        self.lock.release();
+        lock(&self.opened_as).take();
+        lock(&self.lock).take(); // given back with its last holder
         result
     }
 

@@ -4,7 +4,6 @@
 //! (queues, simulators), and a plain function that drives it in the calling thread with inline I/O.
 
 mod allocate;
-#[allow(dead_code)] // resize and snapshots are about to use all of it
 mod alone;
 pub mod backing;
 pub mod chain;
@@ -20,6 +19,7 @@ pub mod options;
 mod own;
 pub mod progress;
 mod read;
+mod snapshot;
 pub mod status;
 pub mod write;
 pub mod zero;
@@ -39,6 +39,7 @@ use crate::wait::{Claims, Helpers, block_on, block_on_helping, lock};
 use chain::{Chain, Content};
 use open::HeldLock;
 use options::DetectZeroes;
+use snapshot::{OpenedSnapshot, OpenedSnapshots};
 use status::{CLOSED, CORRUPT, Counters, Status};
 
 pub use create::{create, create_reporting, create_with, create_with_reporting};
@@ -49,6 +50,7 @@ pub use options::{
     BackingFormat, BackingPolicy, CreateOptions, LogLevel, Logger, MissingFormat, OpenOptions, Resolver,
 };
 pub use progress::ProgressFn;
+pub use snapshot::SnapshotFacts;
 pub use status::Stats;
 pub use write::WriteFlags;
 pub use zero::ZeroFlags;
@@ -57,7 +59,7 @@ pub use zero::ZeroFlags;
 pub struct Image {
     chain: Chain, // empty if the image was opened to be inspected
     header: Mutex<Arc<Header>>,
-    lock: HeldLock,
+    lock: Mutex<Option<Arc<HeldLock>>>, // shared with snapshots that are open as handles of their own
     storage: Arc<dyn Storage>,
     path: PathBuf,
     allocator: Allocator,
@@ -70,6 +72,8 @@ pub struct Image {
     status: Status,
     detect_zeroes: DetectZeroes,
     unmap: bool, // freed clusters are punched out of the file, and discards are followed
+    opened_snapshots: OpenedSnapshots,
+    opened_as: Mutex<Option<OpenedSnapshot>>, // this handle is a snapshot of another
     counters: Counters,
     log: Option<Logger>,
 }

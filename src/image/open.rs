@@ -1,14 +1,15 @@
 //! Opening: the image, then its backing files, each verified before the next is looked for. Nothing is written.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use super::Image;
 use super::backing::{Folder, open_file};
 use super::chain::{Chain, Content, Layer};
 use super::load::load_header;
-use super::options::{BackingFormat, Discard, Locking, LogLevel, MissingFormat, OpenOptions};
+use super::options::{BackingFormat, DetectZeroes, Discard, Locking, LogLevel, MissingFormat, OpenOptions};
+use super::snapshot::{OpenedSnapshots, root_named};
 use super::status::{CORRUPT, Counters, INSPECT, READ_ONLY, Status, UNTOUCHED};
 use crate::alloc::Allocator;
 use crate::codec;
@@ -30,7 +31,7 @@ enum Accepted {
 impl Image {
     /// Opens the image in a file. See [`Image::open`].
     pub async fn open_path_with<I: Io>(io: &I, path: &Path, options: &OpenOptions) -> Result<Self> {
-        let storage = open_file(path, !(options.read_only || options.inspect))?;
+        let storage = open_file(path, !(options.read_only || options.inspect || options.snapshot.is_some()))?;
         let folder = Folder::of(path);
         Self::open_in(io, Arc::new(storage), Some(folder), path.to_path_buf(), options).await
     }
@@ -48,7 +49,7 @@ impl Image {
         options: &OpenOptions,
     ) -> Result<Self> {
         options.check()?;
-        let read_only = options.read_only || options.inspect;
+        let read_only = options.read_only || options.inspect || options.snapshot.is_some();
         let mode = match (options.locking, read_only) {
             (Locking::On, _) if options.inspect => Some(LockMode::Inspector),
             (Locking::On, true) => Some(LockMode::Reader),
@@ -74,6 +75,10 @@ impl Image {
         if header.incompatible & INCOMPATIBLE_DIRTY != 0 && !read_only {
             return Err(Error::NeedsRepair);
         }
+        let header = match &options.snapshot {
+            Some(id_or_name) => root_named(io, &storage, &header, id_or_name).await?,
+            None => header,
+        };
         let layers = if options.inspect {
             Vec::new()
         } else {
@@ -84,12 +89,28 @@ impl Image {
             };
             load_tables(io, accept_chain(io, first, folder, options).await?, options).await?
         };
-        Ok(Self {
-            chain: Chain { layers },
+        let mut image = Self::on(Chain { layers }, header, Some(Arc::new(held)), storage, bits);
+        image.path = path;
+        image.detect_zeroes = options.detect_zeroes;
+        image.unmap = options.discard == Discard::Unmap;
+        image.log = options.log.clone();
+        Ok(image)
+    }
+
+    /// A handle with nothing set but what it reads from, and what it may do.
+    pub(super) fn on(
+        chain: Chain,
+        header: Header,
+        lock: Option<Arc<HeldLock>>,
+        storage: Arc<dyn Storage>,
+        bits: u32,
+    ) -> Self {
+        Self {
+            chain,
             header: Mutex::new(Arc::new(header)),
-            lock: held,
+            lock: Mutex::new(lock),
             storage,
-            path,
+            path: PathBuf::new(),
             allocator: Allocator::default(),
             cluster_claims: Claims::default(),
             table_claims: Claims::default(),
@@ -98,11 +119,13 @@ impl Image {
             next_entry: AtomicU64::new(0),
             helpers: Helpers::default(),
             status: Status::new(bits),
-            detect_zeroes: options.detect_zeroes,
-            unmap: options.discard == Discard::Unmap,
+            detect_zeroes: DetectZeroes::default(),
+            unmap: false,
+            opened_snapshots: OpenedSnapshots::default(),
+            opened_as: Mutex::new(None),
             counters: Counters::default(),
-            log: options.log.clone(),
-        })
+            log: None,
+        }
     }
 
     /// Hands a line to the caller's log.
@@ -213,10 +236,11 @@ fn take_lock(storage: &dyn Storage, mode: LockMode, name: &str, options: &OpenOp
     }
 }
 
-/// The lock on the image itself, given back when the handle goes or the open fails: the storage may be the caller's.
+/// The lock on the image itself, given back when its last handle goes or the open fails: the storage may be the
+/// caller's.
 pub(super) struct HeldLock {
     storage: Arc<dyn Storage>,
-    is_held: AtomicBool,
+    is_held: bool,
 }
 
 impl HeldLock {
@@ -224,20 +248,15 @@ impl HeldLock {
         if let Some(mode) = mode {
             take_lock(&**storage, mode, name, options)?;
         }
-        Ok(Self { storage: storage.clone(), is_held: AtomicBool::new(mode.is_some()) })
-    }
-
-    /// Gives the lock back, once: a handle that is closed and dropped later must not take it from the next one.
-    pub(super) fn release(&self) {
-        if self.is_held.swap(false, Ordering::AcqRel) {
-            self.storage.unlock();
-        }
+        Ok(Self { storage: storage.clone(), is_held: mode.is_some() })
     }
 }
 
 impl Drop for HeldLock {
     fn drop(&mut self) {
-        self.release();
+        if self.is_held {
+            self.storage.unlock();
+        }
     }
 }
 
@@ -267,12 +286,14 @@ async fn load_tables<I: Io>(io: &I, chain: Vec<Accepted>, options: &OpenOptions)
     let mut layers = Vec::with_capacity(chain.len());
     for accepted in chain {
         let layer = match accepted {
-            Accepted::Raw { name, file, size_bytes } => Layer { name, content: Content::Raw { file, size_bytes } },
+            Accepted::Raw { name, file, size_bytes } => {
+                Layer { name, content: Content::Raw { file: Arc::new(file), size_bytes } }
+            }
             Accepted::Qcow2 { name, file, header } => {
                 let l2_bytes = if layers.is_empty() { own } else { below };
                 let compression = header.compression;
                 let loaded = Tables::load(io, file, &header, l2_bytes, options.refcount_cache_size).await;
-                let tables = Box::new(match (loaded, layers.is_empty()) {
+                let tables = Arc::new(match (loaded, layers.is_empty()) {
                     (Ok(tables), _) => tables,
                     (Err(e), true) => return Err(e),
                     (Err(e), false) => return Err(Error::Backing { name, source: Box::new(e) }),

@@ -124,6 +124,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Read-only, never open what the image refers to, give no access to data.
     pub inspect: bool,
+    /// Read-only, and see the disk as this internal snapshot has it: its id, or the name of the first one of that name.
+    pub snapshot: Option<String>,
     /// Backing files that the library may open by name.
     pub backing: BackingPolicy,
     /// Backing files without a declared format.
@@ -153,6 +155,7 @@ impl Default for OpenOptions {
         Self {
             read_only: false,
             inspect: false,
+            snapshot: None,
             backing: BackingPolicy::default(),
             backing_fmt_missing: MissingFormat::default(),
             backing_depth_max: 200,
@@ -174,6 +177,7 @@ impl fmt::Debug for OpenOptions {
         f.debug_struct("OpenOptions")
             .field("read_only", &self.read_only)
             .field("inspect", &self.inspect)
+            .field("snapshot", &self.snapshot)
             .field("backing", &self.backing)
             .field("backing_fmt_missing", &self.backing_fmt_missing)
             .field("backing_depth_max", &self.backing_depth_max)
@@ -195,6 +199,8 @@ impl OpenOptions {
         match key {
             "read_only" => self.read_only = parse_bool(key, value)?,
             "inspect" => self.inspect = parse_bool(key, value)?,
+            "snapshot" if value.is_empty() => return not_acceptable(key, value, "the id or name of a snapshot"),
+            "snapshot" => self.snapshot = Some(value.to_owned()),
             "backing" => {
                 self.backing = match value {
                     "none" => BackingPolicy::Deny,
@@ -250,6 +256,9 @@ impl OpenOptions {
     pub fn check(&self) -> Result<()> {
         if self.detect_zeroes == DetectZeroes::Unmap && self.discard == Discard::Ignore {
             return not_acceptable("detect_zeroes", "unmap", "off or on with discard=ignore; use discard=unmap");
+        }
+        if let (Some(snapshot), true) = (&self.snapshot, self.inspect) {
+            return not_acceptable("snapshot", snapshot, "no snapshot with inspect, which gives no access to data");
         }
         Ok(())
     }
@@ -515,6 +524,7 @@ const fn for_create(key: &'static str, kind: OptionKind, default: &'static str, 
 pub const OPTIONS: &[OptionInfo] = &[
     for_open("read_only", OptionKind::Bool, "off", "take no writes"),
     for_open("inspect", OptionKind::Bool, "off", "read-only, without opening backing files and without access to data"),
+    for_open("snapshot", OptionKind::Text, "", "read-only, and the disk as this internal snapshot (id, or else name) has it"),
     for_open("backing", OptionKind::Choice(&["none", "relative", "any"]), "none",
         "backing files to open by name: none, names relative to the image's folder, any path"),
     for_open("backing_fmt_missing", OptionKind::Choice(&["refuse", "raw"]), "refuse",

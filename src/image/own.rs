@@ -6,8 +6,8 @@ use super::Image;
 use super::status::{CORRUPT, READ_ONLY, UNTOUCHED};
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::header::{INCOMPATIBLE_CORRUPT, OFFSET_AUTOCLEAR, OFFSET_INCOMPATIBLE};
-use crate::format::l2::{COMPRESSED, COPIED, encode_l1};
-use crate::format::{HostOffset, L1Index};
+use crate::format::l2::encode_l1;
+use crate::format::{HostOffset, L1Index, l2_table};
 use crate::image::options::LogLevel;
 use crate::storage::{Io, IoDst};
 
@@ -73,12 +73,7 @@ impl Image {
                 value: at.0,
             }));
         }
-        for entry in table.chunks_exact_mut(tables.geometry.l2_entry_bytes() as usize) {
-            let is_compressed = entry[0] & (COMPRESSED >> 56) as u8 != 0;
-            if !is_compressed {
-                entry[0] &= !((COPIED >> 56) as u8);
-            }
-        }
+        l2_table::clear_copied(table, tables.geometry);
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, OnceLock};
 
+use crate::format::l2::{COMPRESSED, COPIED};
 use crate::format::{Geometry, L2Entry, SliceIndex};
 use crate::wait::lock;
 
@@ -123,6 +124,11 @@ impl L2Slices {
     pub fn new(geometry: Geometry, budget_bytes: u64, disk_bytes: u64) -> Self {
         let at_open = L2Cache::new(geometry, budget_bytes, disk_bytes);
         Self { at_open, grown: OnceLock::new(), has_grown: AtomicBool::new(false), budget_bytes }
+    }
+
+    /// Most bytes of slices that the cache may hold.
+    pub fn budget_bytes(&self) -> u64 {
+        self.budget_bytes
     }
 
     /// Follows the disk to another size. Only for who holds the image alone, with no slice dirty.
@@ -327,6 +333,24 @@ impl L2Cache {
         for slot in (0..self.slots()).filter(|&slot| self.keys[slot].load(Ordering::Relaxed) != 0) {
             debug_assert_eq!(inner.flags[slot], 0, "a slice with changes is dropped");
             self.change(slot, |_| self.keys[slot].store(0, Ordering::Relaxed));
+        }
+    }
+
+    /// Clears the COPIED flags of standard entries in all slices, as has been done in their tables on disk. Nothing may be
+    /// dirty.
+    pub fn clear_copied(&self) {
+        let inner = lock(&self.inner);
+        let step = if self.geometry.extended_l2 { 2 } else { 1 };
+        for slot in (0..self.slots()).filter(|&slot| self.keys[slot].load(Ordering::Relaxed) != 0) {
+            debug_assert_eq!(inner.flags[slot], 0, "a slice with changes would differ from the disk");
+            self.change(slot, |words| {
+                for word in words.iter().step_by(step) {
+                    let descriptor = word.load(Ordering::Relaxed);
+                    if descriptor & (COPIED | COMPRESSED) == COPIED {
+                        word.store(descriptor & !COPIED, Ordering::Relaxed);
+                    }
+                }
+            });
         }
     }
 

@@ -205,7 +205,7 @@ impl Tables {
     /// Whether a cluster is the header's, the L1, refcount or snapshot table's. Once the refcount table has moved, its
     /// old clusters are no longer, and the new ones are not known here.
     #[inline]
-    fn is_metadata(&self, cluster: HostCluster) -> bool {
+    pub fn is_metadata(&self, cluster: HostCluster) -> bool {
         let found = self.metadata.iter().position(|range| range.contains(cluster.0));
         found.is_some_and(|index| index < 3 || !self.refcounts.has_moved())
     }

@@ -179,6 +179,55 @@ impl RefcountState {
         Ok(self.set(cluster, count - 1))
     }
 
+    /// Whether each of these clusters, which are sorted, can get as many references more as it is listed. A cluster that
+    /// is referred to already and counted as free is corruption.
+    pub fn check_raise(&mut self, clusters: &[u64]) -> Result<std::result::Result<(), Need>> {
+        for group in clusters.chunk_by(|a, b| a == b) {
+            let cluster = HostCluster(group[0]);
+            let count = match self.get(cluster) {
+                Ok(0) => return Err(self.corrupt(CorruptionKind::ReferencedCountedFree, cluster)),
+                Ok(count) => count,
+                Err(need) => return Ok(Err(need)),
+            };
+            let max = self.geometry.refcount_max();
+            if group.len() as u64 > max - count {
+                let what = "the number of references to a host cluster (its width is refcount_bits)";
+                return Err(Error::TooLarge { what, limit: max });
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Whether each of these clusters, which are sorted, has as many references as it is listed.
+    pub fn check_lower(&mut self, clusters: &[u64]) -> Result<std::result::Result<(), Need>> {
+        for group in clusters.chunk_by(|a, b| a == b) {
+            let cluster = HostCluster(group[0]);
+            match self.get(cluster) {
+                Ok(count) if count < group.len() as u64 => {
+                    return Err(self.corrupt(CorruptionKind::RefcountUnderflow, cluster));
+                }
+                Ok(_) => {}
+                Err(need) => return Ok(Err(need)),
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Adds the references of [`RefcountState::check_raise`], of one block: all of them or none.
+    pub fn raise(&mut self, clusters: &[u64]) -> Result<std::result::Result<(), Need>> {
+        if let Err(need) = self.check_raise(clusters)? {
+            return Ok(Err(need));
+        }
+        for &cluster in clusters {
+            let cluster = HostCluster(cluster);
+            let raised = self.get(cluster).and_then(|count| self.set(cluster, count + 1));
+            if let Err(need) = raised {
+                return Ok(Err(need)); // not after the check: all of them are in the block that it looked at
+            }
+        }
+        Ok(Ok(()))
+    }
+
     /// The error for a cluster whose count is wrong.
     pub fn corrupt(&self, kind: CorruptionKind, cluster: HostCluster) -> Error {
         let (index, entry) = self.split(cluster);
