@@ -12,12 +12,14 @@
 //!   storage             copy + payload in one vectored write -> Written
 //!   tables link         Reservation + Written  -> the new entry becomes visible; the old cluster is freed later
 //! ```
-//! Imports run one way: `capi -> queue -> image -> {alloc, codec} -> tables -> {plan, storage}`; `plan -> format`.
+//! Imports run one way: `capi -> queue -> image -> {alloc, check, codec} -> tables -> {plan, storage}`;
+//! `plan -> format`.
 //! `error` and `wait` are leaves. `docs/design.md` is the long form of this page.
 
 pub mod alloc;
 #[cfg(feature = "capi")]
 pub mod capi;
+pub mod check;
 pub mod codec;
 pub mod error;
 pub mod format;

@@ -290,6 +290,19 @@ impl Header {
         Ok(header)
     }
 
+    /// As [`parse`](Self::parse), for a header whose refcount table may have a size that it cannot have: then it
+    /// comes back with offset 0, where no table can lie.
+    pub fn parse_leniently(mut first_cluster: Vec<u8>) -> Result<Self> {
+        match Self::parse(&first_cluster) {
+            Err(Error::Header { field, .. }) if field == layout::REFCOUNT_TABLE_CLUSTERS.name => {
+                layout::REFCOUNT_TABLE_OFFSET.set(&mut first_cluster, 0);
+                layout::REFCOUNT_TABLE_CLUSTERS.set(&mut first_cluster, 1);
+                Self::parse(&first_cluster)
+            }
+            parsed => parsed,
+        }
+    }
+
     /// Checks the extensions against the fields that say what they have to be.
     fn check_extensions(&self) -> Result<()> {
         extension::data_file(&self.extensions)?;
@@ -310,12 +323,7 @@ impl Header {
     /// Refuses, by name, what this version does not implement and what nobody knows yet.
     pub fn check_supported(&self) -> Result<()> {
         let refuse = |feature: String| Err(Error::Unsupported { feature });
-        let unknown = self.incompatible & !INCOMPATIBLE_KNOWN;
-        if unknown != 0 {
-            let names: Vec<String> =
-                (0..64).filter(|bit| unknown >> bit & 1 != 0).map(|bit| self.name_of(bit)).collect();
-            return refuse(names.join(", "));
-        }
+        self.check_known()?;
         match self.encryption {
             Encryption::None => {}
             Encryption::Aes => return refuse("encryption (AES)".into()),
@@ -326,6 +334,30 @@ impl Header {
                 Some(name) => format!("external data file '{name}'"),
                 None => "external data file".into(),
             });
+        }
+        Ok(())
+    }
+
+    /// Refuses, by name, what nobody knows yet.
+    pub fn check_known(&self) -> Result<()> {
+        let unknown = self.incompatible & !INCOMPATIBLE_KNOWN;
+        if unknown == 0 {
+            return Ok(());
+        }
+        let names: Vec<String> = (0..64).filter(|bit| unknown >> bit & 1 != 0).map(|bit| self.name_of(bit)).collect();
+        Err(Error::Unsupported { feature: names.join(", ") })
+    }
+
+    /// Checks that the L1 table lies where one can lie. See [`check_placement`](Self::check_placement).
+    pub fn check_l1_placement(&self, file_size: u64) -> Result<()> {
+        let (cluster, at, bytes) =
+            (self.geometry.cluster_size_bytes(), self.l1_offset.0, u64::from(self.l1_entries) * 8);
+        let end = file_size.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
+        if bytes > 0 && (at == 0 || !at.is_multiple_of(cluster)) {
+            return wrong(layout::L1_TABLE_OFFSET, at, "a multiple of the cluster size, and not 0");
+        }
+        if bytes > 0 && at.checked_add(bytes).is_none_or(|table_end| table_end > end) {
+            return wrong(layout::L1_TABLE_OFFSET, at, "an offset at which the whole table lies inside the file");
         }
         Ok(())
     }

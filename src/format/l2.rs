@@ -19,9 +19,9 @@ pub const ZERO: u64 = 1;
 /// Bits 9 to 55: the host offset of an L1 entry or of a standard descriptor.
 pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits that are reserved in an L1 entry.
-const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+pub const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 /// Bits that are reserved in a standard descriptor (bit 0 is treated on its own).
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+pub const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
 /// The words of an L2 entry as stored: descriptor, and bitmap with extended L2 entries (0 otherwise).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

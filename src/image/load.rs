@@ -11,6 +11,16 @@ const FIRST_READ_BYTES: usize = 512;
 /// Reads and checks the header. What the image needs ([`Header::check_supported`]) and where its tables lie
 /// ([`Header::check_placement`]) are the caller's to check: an inspection shows images that cannot be used.
 pub async fn load_header<I: Io>(io: &I, storage: &dyn Storage) -> Result<Header> {
+    Header::parse(&load_first_cluster(io, storage).await?)
+}
+
+/// As [`load_header`]; a refcount table that no image can have counts as one that is not there, which a repair makes
+/// anew.
+pub async fn load_header_leniently<I: Io>(io: &I, storage: &dyn Storage) -> Result<Header> {
+    Header::parse_leniently(load_first_cluster(io, storage).await?)
+}
+
+async fn load_first_cluster<I: Io>(io: &I, storage: &dyn Storage) -> Result<Vec<u8>> {
     let mut bytes = vec![0; FIRST_READ_BYTES];
     read_up_to(io, storage, &mut bytes, 0).await?;
     // At most 2 MiB: the size has been checked.
@@ -20,7 +30,7 @@ pub async fn load_header<I: Io>(io: &I, storage: &dyn Storage) -> Result<Header>
         read_up_to(io, storage, &mut rest, FIRST_READ_BYTES).await?;
         bytes.extend_from_slice(&rest);
     }
-    Header::parse(&bytes)
+    Ok(bytes)
 }
 
 /// Reads to the end of `bytes` or of the storage, and cuts `bytes` there.

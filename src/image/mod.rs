@@ -7,6 +7,7 @@ mod allocate;
 mod alone;
 pub mod backing;
 pub mod chain;
+pub mod check;
 pub mod create;
 mod detect;
 mod flush;

@@ -244,7 +244,12 @@ pub(super) struct HeldLock {
 }
 
 impl HeldLock {
-    fn take(storage: &Arc<dyn Storage>, mode: Option<LockMode>, name: &str, options: &OpenOptions) -> Result<Self> {
+    pub(super) fn take(
+        storage: &Arc<dyn Storage>,
+        mode: Option<LockMode>,
+        name: &str,
+        options: &OpenOptions,
+    ) -> Result<Self> {
         if let Some(mode) = mode {
             take_lock(&**storage, mode, name, options)?;
         }

@@ -1,0 +1,185 @@
+//! The order of a repair. Nothing is worse at any moment than it was before, so that a crash, an error or a
+//! cancellation in between leaves an image that can be checked and repaired again:
+//!
+//! ```text
+//! entries that must not say COPIED lose it, malformed ones are mended; counts that are too low are raised
+//! barrier
+//! (or, where counts cannot be raised in place, or guest clusters have to get away from metadata: new refcount
+//! structures beside everything; barrier; switch; barrier; and entries that refer to the copies; barrier)
+//! counts that are too high are lowered, entries that may say COPIED get it
+//! barrier
+//! a second look; then, if nothing is wrong any more, the dirty and corrupt bits go; barrier
+//! ```
+
+use super::copied::Pass;
+use super::counts::Counts;
+use super::{CheckResult, Checker, Plan, Repair};
+use crate::error::Result;
+use crate::format::header::{
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, OFFSET_AUTOCLEAR,
+    OFFSET_INCOMPATIBLE,
+};
+use crate::format::{HostOffset, refcount};
+use crate::storage::Io;
+
+const SECTOR_BYTES: usize = 512;
+/// A walk that only counts.
+pub(super) const QUIET: Plan = Plan { report: false, look: false, refcounts: true };
+
+/// Which counts are changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Adjust {
+    /// Those that are too low.
+    Raise,
+    /// Those that are too high.
+    Lower,
+}
+
+impl<I: Io> Checker<'_, '_, I> {
+    /// Puts right what the first look has found, and looks again.
+    pub(super) async fn repair(mut self, before: CheckResult) -> Result<CheckResult> {
+        let everything = self.options.repair == Repair::All;
+        let flagged = self.header.incompatible & (INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT) != 0;
+        let is_wanted = before.leaks > 0 || flagged || everything && before.corruptions > 0;
+        // What could not be checked may refer to anything: nothing can be given up, and nothing is known to be right.
+        if before.check_errors > 0 || !is_wanted || self.sum.rebuild && !everything {
+            return Ok(before);
+        }
+        self.options.on_finding = None;
+        let first = self.sum.clone();
+        self.clear_unknown_autoclear().await?;
+        let mut copied = 0;
+        if everything && before.corruptions > 0 {
+            copied += self.raise_all(first.rebuild).await?;
+        }
+        if before.leaks > 0 || before.corruptions > 0 && everything {
+            copied += self.lower_all().await?;
+        }
+        self.reread().await?;
+        self.look().await?;
+        let mut after = self.result();
+        let left = self.sum.corruptions - self.sum.copied_wrong;
+        after.corruptions_fixed = (first.corruptions - first.copied_wrong).saturating_sub(left) + copied;
+        after.leaks_fixed = first.leaks.saturating_sub(self.sum.leaks);
+        if after.is_sound() {
+            self.clear_flags().await?;
+        }
+        Ok(after)
+    }
+
+    async fn clear_unknown_autoclear(&mut self) -> Result<()> {
+        let known = self.header.autoclear & (AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW);
+        if known != self.header.autoclear {
+            self.header.autoclear = known;
+            self.file.write_bytes(self.io, &known.to_be_bytes(), HostOffset(OFFSET_AUTOCLEAR)).await?;
+            self.file.barrier(self.io).await?;
+        }
+        Ok(())
+    }
+
+    async fn raise_all(&mut self, rebuild: bool) -> Result<u64> {
+        let copies = self.find_overlaps().await?;
+        let rebuild = rebuild || !copies.is_empty();
+        let mut copied = self.clear_and_raise(!rebuild).await?;
+        if rebuild {
+            self.rebuild(&copies).await?;
+        }
+        if !copies.is_empty() {
+            // Entries of a table that had something else in it could not be changed before.
+            copied += self.clear_and_raise(true).await?;
+        }
+        Ok(copied)
+    }
+
+    async fn clear_and_raise(&mut self, raising: bool) -> Result<u64> {
+        let mut copied = 0;
+        let (mut from, mut mending) = (Some(0), true);
+        while let Some(start) = from {
+            let counts = self.count(start, QUIET).await?;
+            copied += self.entries(&counts, Pass::Clear, mending).await?;
+            if raising {
+                self.adjust(&counts, Adjust::Raise).await?;
+            }
+            from = self.next_window(&counts);
+            mending = false;
+        }
+        self.file.barrier(self.io).await?;
+        Ok(copied)
+    }
+
+    async fn lower_all(&mut self) -> Result<u64> {
+        let mut copied = 0;
+        let mut from = Some(0);
+        while let Some(start) = from {
+            let counts = self.count(start, QUIET).await?;
+            self.adjust(&counts, Adjust::Lower).await?;
+            copied += self.entries(&counts, Pass::Set, false).await?;
+            from = self.next_window(&counts);
+        }
+        self.file.barrier(self.io).await?;
+        Ok(copied)
+    }
+
+    /// Changes the counts of the window where they are.
+    async fn adjust(&mut self, counts: &Counts, adjust: Adjust) -> Result<()> {
+        let size = self.geometry.cluster_size_bytes() as usize;
+        let mut bytes = vec![0; size];
+        for index in self.blocks_of(counts) {
+            let super::compare::Block::At(offset) = self.block(index) else { continue };
+            let Some((first, _)) = self.parts(counts, index).next() else { continue };
+            let base = self.offset_in_block(first) as usize;
+            self.read(&mut bytes[base..], offset + base as u64).await?;
+            let parts: Vec<(u64, u64)> = self.parts(counts, index).collect();
+            for (first, n) in parts {
+                self.adjust_part(counts, adjust, &mut bytes, (first, n), offset).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn adjust_part(
+        &self,
+        counts: &Counts,
+        adjust: Adjust,
+        block: &mut [u8],
+        (first, n): (u64, u64),
+        offset: u64,
+    ) -> Result<()> {
+        let (order, max) = (self.geometry.refcount_order, self.geometry.refcount_max());
+        let entry_of = |cluster: u64| (cluster & (self.geometry.refcount_block_entries() - 1)) as usize;
+        let mut changed: Option<(usize, usize)> = None;
+        for cluster in first..(first + n).min(self.file_clusters()) {
+            let index = entry_of(cluster);
+            let (stored, references) = (refcount::get(block, order, index), counts.get(cluster).references.min(max));
+            let new = match adjust {
+                Adjust::Raise => stored.max(references),
+                Adjust::Lower => stored.min(references),
+            };
+            if new != stored {
+                refcount::set(block, order, index, new);
+                let bytes = refcount::byte_range(order, index);
+                changed = Some((changed.map_or(bytes.start, |(start, _)| start), bytes.end));
+            }
+        }
+        let Some((start, end)) = changed else { return Ok(()) };
+        let (start, end) = (start / SECTOR_BYTES * SECTOR_BYTES, end.next_multiple_of(SECTOR_BYTES));
+        self.file.write_bytes(self.io, &block[start..end], HostOffset(offset + start as u64)).await
+    }
+
+    /// The file may have grown, and may have other refcount structures.
+    async fn reread(&mut self) -> Result<()> {
+        self.file_bytes = self.file.size_bytes()?;
+        self.refcounts = self.read_refcount_table().await?;
+        Ok(())
+    }
+
+    async fn clear_flags(&mut self) -> Result<()> {
+        let bits = self.header.incompatible & !(INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT);
+        if bits != self.header.incompatible {
+            self.header.incompatible = bits;
+            self.file.write_bytes(self.io, &bits.to_be_bytes(), HostOffset(OFFSET_INCOMPATIBLE)).await?;
+            self.file.barrier(self.io).await?;
+        }
+        Ok(())
+    }
+}
