@@ -72,7 +72,8 @@ pub struct Image {
     helpers: Helpers, // queues on this image
     status: Status,
     detect_zeroes: DetectZeroes,
-    unmap: bool, // freed clusters are punched out of the file, and discards are followed
+    write_through: bool, // every write ends with a flush
+    unmap: bool,         // freed clusters are punched out of the file, and discards are followed
     opened_snapshots: OpenedSnapshots,
     opened_as: Mutex<Option<OpenedSnapshot>>, // this handle is a snapshot of another
     counters: Counters,

@@ -8,7 +8,9 @@ use super::Image;
 use super::backing::{Folder, open_file};
 use super::chain::{Chain, Content, Layer};
 use super::load::load_header;
-use super::options::{BackingFormat, DetectZeroes, Discard, Locking, LogLevel, MissingFormat, OpenOptions};
+use super::options::{
+    BackingFormat, DetectZeroes, Discard, Locking, LogLevel, MissingFormat, OpenOptions, not_acceptable,
+};
 use super::snapshot::{OpenedSnapshots, root_named};
 use super::status::{CORRUPT, Counters, INSPECT, READ_ONLY, Status, UNTOUCHED};
 use crate::alloc::Allocator;
@@ -32,12 +34,20 @@ impl Image {
     /// Opens the image in a file. See [`Image::open`].
     pub async fn open_path_with<I: Io>(io: &I, path: &Path, options: &OpenOptions) -> Result<Self> {
         let storage = open_file(path, !(options.read_only || options.inspect || options.snapshot.is_some()))?;
+        if options.cache.direct {
+            avoid_page_cache(&storage, &path.display().to_string())?;
+        }
         let folder = Folder::of(path);
         Self::open_in(io, Arc::new(storage), Some(folder), path.to_path_buf(), options).await
     }
 
     /// Opens the image in a storage. See [`Image::open_storage`].
     pub async fn open_with<I: Io>(io: &I, storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
+        if options.cache.direct {
+            let expected =
+                "another mode for an image that is not opened by path; open its descriptor with O_DIRECT instead";
+            return not_acceptable("cache", "direct", expected);
+        }
         Self::open_in(io, storage, None, PathBuf::new(), options).await
     }
 
@@ -84,7 +94,7 @@ impl Image {
         } else {
             let first = Accepted::Qcow2 {
                 name: String::new(),
-                file: HostFile::new(storage.clone()),
+                file: HostFile::new(storage.clone()).without_flush(options.cache.no_flush),
                 header: Box::new(header.clone()),
             };
             load_tables(io, accept_chain(io, first, folder, options).await?, options).await?
@@ -92,6 +102,7 @@ impl Image {
         let mut image = Self::on(Chain { layers }, header, Some(Arc::new(held)), storage, bits);
         image.path = path;
         image.detect_zeroes = options.detect_zeroes;
+        image.write_through = options.cache.write_through;
         image.unmap = options.discard == Discard::Unmap;
         image.log = options.log.clone();
         Ok(image)
@@ -120,6 +131,7 @@ impl Image {
             helpers: Helpers::default(),
             status: Status::new(bits),
             detect_zeroes: DetectZeroes::default(),
+            write_through: false,
             unmap: false,
             opened_snapshots: OpenedSnapshots::default(),
             opened_as: Mutex::new(None),
@@ -134,6 +146,15 @@ impl Image {
             log(level, text);
         }
     }
+}
+
+fn avoid_page_cache(storage: &dyn Storage, name: &str) -> Result<()> {
+    let switched = storage.avoid_page_cache();
+    switched.or_else(|e| {
+        let expected = "writeback: the file system of a file that is opened has no direct access (O_DIRECT)";
+        let value = format!("direct, with '{name}' ({e})");
+        not_acceptable("cache", &value, expected)
+    })
 }
 
 /// Refuses what this library cannot handle, and tables that lie where they cannot.
@@ -165,6 +186,9 @@ async fn accept_chain<I: Io>(
         let storage = found.storage;
         if storage.identity().is_some_and(|identity| seen.contains(&identity)) {
             return Err(Error::ChainLoop { name: backing.name });
+        }
+        if found.by_name && options.cache.direct {
+            avoid_page_cache(&*storage, &backing.name)?;
         }
         if found.by_name {
             lock_backing(&*storage, &backing.name, options)?;

@@ -104,6 +104,32 @@ pub enum DetectZeroes {
     Unmap,
 }
 
+/// What of the system's caching is used, as `qemu-img` calls it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cache {
+    /// Transfers leave the page cache out (O_DIRECT).
+    pub direct: bool,
+    /// Every write is durable when it returns.
+    pub write_through: bool,
+    /// Nothing is made durable: a power cut may leave anything. For images that nobody will miss.
+    pub no_flush: bool,
+}
+
+impl Cache {
+    /// The mode of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let (direct, write_through, no_flush) = match name {
+            "writeback" => (false, false, false),
+            "direct" | "none" => (true, false, false),
+            "writethrough" => (false, true, false),
+            "directsync" => (true, true, false),
+            "unsafe" => (false, false, true),
+            _ => return None,
+        };
+        Some(Self { direct, write_through, no_flush })
+    }
+}
+
 /// Whether others are kept from a file while it is in use, and it from theirs: in the way of QEMU, which then takes
 /// part in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -134,6 +160,8 @@ pub struct OpenOptions {
     pub backing_depth_max: u32,
     /// Whether others are kept from the files.
     pub locking: Locking,
+    /// What of the system's caching is used.
+    pub cache: Cache,
     /// What becomes of space that the guest gives up.
     pub discard: Discard,
     /// What becomes of zeroes that are written as data.
@@ -160,6 +188,7 @@ impl Default for OpenOptions {
             backing_fmt_missing: MissingFormat::default(),
             backing_depth_max: 200,
             locking: Locking::default(),
+            cache: Cache::default(),
             discard: Discard::default(),
             detect_zeroes: DetectZeroes::default(),
             l2_cache_size: 32 << 20,
@@ -182,6 +211,7 @@ impl fmt::Debug for OpenOptions {
             .field("backing_fmt_missing", &self.backing_fmt_missing)
             .field("backing_depth_max", &self.backing_depth_max)
             .field("locking", &self.locking)
+            .field("cache", &self.cache)
             .field("discard", &self.discard)
             .field("detect_zeroes", &self.detect_zeroes)
             .field("l2_cache_size", &self.l2_cache_size)
@@ -237,6 +267,16 @@ impl OpenOptions {
                     _ => return not_acceptable(key, value, "unmap (or on), or ignore (or off)"),
                 }
             }
+            "cache" => match Cache::from_name(value) {
+                Some(cache) => self.cache = cache,
+                None => {
+                    return not_acceptable(
+                        key,
+                        value,
+                        "writeback, direct (or none), writethrough, directsync or unsafe",
+                    );
+                }
+            },
             "detect_zeroes" => {
                 self.detect_zeroes = match value {
                     "off" => DetectZeroes::Off,
@@ -532,6 +572,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     for_open("backing_depth_max", OptionKind::Number, "200", "most backing files under the image"),
     for_open("locking", OptionKind::Choice(&["on", "shared", "off"]), "on",
         "keep others from the files as QEMU does, let them in, or neither ask nor tell"),
+    for_open("cache", OptionKind::Choice(&["writeback", "direct", "none", "writethrough", "directsync", "unsafe"]), "writeback",
+        "page cache, or none (O_DIRECT); whether writes wait for the disk; unsafe: nothing ever does"),
     for_open("discard", OptionKind::Choice(&["unmap", "ignore", "on", "off"]), "unmap",
         "whether discards and freed clusters give space back"),
     for_open("detect_zeroes", OptionKind::Choice(&["off", "on", "unmap"]), "off",
@@ -551,7 +593,7 @@ pub const OPTIONS: &[OptionInfo] = &[
         "what to allocate ahead: nothing, host clusters, with their space, with zeroes written"),
 ];
 
-fn not_acceptable<T>(key: &str, value: &str, expected: &str) -> Result<T> {
+pub(super) fn not_acceptable<T>(key: &str, value: &str, expected: &str) -> Result<T> {
     Err(Error::OptionValue { key: key.into(), value: value.into(), expected: expected.into() })
 }
 

@@ -70,7 +70,7 @@ impl Image {
                 Err(e) => return Err(self.note_error(io, e).await),
             }
         }
-        if flags.fua { self.flush_with(io).await } else { Ok(()) }
+        if flags.fua || self.write_through { self.flush_with(io).await } else { Ok(()) }
     }
 
     /// Returns whether anything but pure overwriting was needed.

@@ -45,7 +45,7 @@ impl Image {
         }
         let result = self.zero_range(io, offset, length, flags).await;
         self.finish_change(io, result).await?;
-        if flags.fua { self.flush_with(io).await } else { Ok(()) }
+        if flags.fua || self.write_through { self.flush_with(io).await } else { Ok(()) }
     }
 
     /// Gives up what a range holds; it reads as zeroes afterwards wherever that could be done. See [`Image::discard`].

@@ -151,9 +151,25 @@ fn write_at_once(fd: RawFd, pieces: &[IoSrc<'_>], offset: u64) -> Attempt {
     attempt(n, total_src(pieces))
 }
 
+/// A write to a descriptor that has begun.
+struct RawWrite<'a>(&'a dyn Storage);
+
+impl<'a> RawWrite<'a> {
+    fn begin(on: &'a dyn Storage, pieces: &[IoSrc<'_>], offset: u64) -> Option<Self> {
+        on.begin_raw_write(pieces, offset).then(|| Self(on))
+    }
+}
+
+impl Drop for RawWrite<'_> {
+    fn drop(&mut self) {
+        self.0.end_raw_write();
+    }
+}
+
 impl Io for QueueIo {
     async fn read(&self, on: &dyn Storage, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
-        let Some((ring, known)) = self.file(on).filter(|_| pieces.len() <= PIECES_MAX) else {
+        let fits = pieces.len() <= PIECES_MAX && on.accepts_raw_read(pieces, offset);
+        let Some((ring, known)) = self.file(on).filter(|_| fits) else {
             return self.pool.start(Call::Read(on, pieces, offset)).await;
         };
         match known.reads {
@@ -175,11 +191,16 @@ impl Io for QueueIo {
     }
 
     async fn write(&self, on: &dyn Storage, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        let Some((ring, known)) = self.file(on).filter(|_| pieces.len() <= PIECES_MAX) else {
+        let fits = pieces.len() <= PIECES_MAX;
+        let Some((ring, known, begun)) = self
+            .file(on)
+            .filter(|_| fits)
+            .and_then(|(ring, known)| Some((ring, known, RawWrite::begin(on, pieces, offset)?)))
+        else {
             return self.pool.start(Call::Write(on, pieces, offset)).await.map(|_| ());
         };
         match known.writes {
-            AtOnce::Always => return on.write(pieces, offset),
+            AtOnce::Always => return on.write(pieces, offset), // such a file has a page cache: nothing was begun
             AtOnce::Try => match write_at_once(known.fd, pieces, offset) {
                 Attempt::Done(_) => return Ok(()),
                 Attempt::Blocks => {}
@@ -187,7 +208,9 @@ impl Io for QueueIo {
             },
             AtOnce::Never => {}
         }
-        match ring.write(known.file, pieces, offset).await {
+        let outcome = ring.write(known.file, pieces, offset).await;
+        drop(begun);
+        match outcome {
             Ok(n) if n as u64 == total_src(pieces) => Ok(()),
             // No room, as a rule: the blocking call says so.
             Ok(_) => on.write(pieces, offset),

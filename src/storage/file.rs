@@ -4,8 +4,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::direct::Direct;
 use super::lock::{self, LockMode};
 use super::{Identity, IoDst, IoSrc, Storage};
 
@@ -17,6 +19,7 @@ const PIECES_PER_CALL: usize = 1024;
 pub struct FileStorage {
     file: File,
     is_locked: AtomicBool,
+    direct: OnceLock<Direct>, // without the page cache
 }
 
 /// The locks are given back by name: a process that this one has just forked may hold the description a moment longer
@@ -28,9 +31,11 @@ impl Drop for FileStorage {
 }
 
 impl FileStorage {
-    /// Takes over an open file descriptor.
+    /// Takes over an open file descriptor; if that is one without the page cache (O_DIRECT), transfers are aligned for
+    /// it.
     pub fn new(file: File) -> Self {
-        Self { file, is_locked: AtomicBool::new(false) }
+        let direct = Direct::of(file.as_raw_fd()).map_or_else(OnceLock::new, OnceLock::from);
+        Self { file, is_locked: AtomicBool::new(false), direct }
     }
 
     /// The descriptor, for drivers that submit I/O themselves.
@@ -46,7 +51,7 @@ impl From<OwnedFd> for FileStorage {
 }
 
 /// Result of a system call, or its error; `None` where it was interrupted and is to be repeated.
-fn outcome(n: libc::ssize_t) -> io::Result<Option<usize>> {
+pub(super) fn outcome(n: libc::ssize_t) -> io::Result<Option<usize>> {
     if n >= 0 {
         return Ok(Some(n as usize));
     }
@@ -122,6 +127,13 @@ impl Storage for FileStorage {
         }
         // SAFETY: as above; the list has at most IOV_MAX pieces.
         let many = |p: &[IoDst<'_>], at| unsafe { libc::preadv(fd, p.as_ptr().cast(), p.len() as libc::c_int, at) };
+        if let Some(direct) = self.direct.get() {
+            let whole = pieces.len() <= PIECES_PER_CALL && direct.accepts(pieces, offset);
+            return match whole && many(pieces, signed(offset)?) as u64 == super::total_dst(pieces) {
+                true => Ok(super::total_dst(pieces) as usize),
+                false => direct.read(fd, pieces, offset),
+            };
+        }
         Ok(transfer!(pieces, offset, one, many))
     }
 
@@ -130,12 +142,21 @@ impl Storage for FileStorage {
         // SAFETY: the pieces' makers promised valid memory; IoSrc has the layout of struct iovec.
         let one = |p: IoSrc<'_>, at| unsafe { libc::pwrite(fd, p.base().cast(), p.len(), at) };
         if let [piece] = pieces
+            && self.direct.get().is_none()
             && one(*piece, signed(offset)?) == piece.len() as libc::ssize_t
         {
             return Ok(());
         }
         // SAFETY: as above; the list has at most IOV_MAX pieces.
         let many = |p: &[IoSrc<'_>], at| unsafe { libc::pwritev(fd, p.as_ptr().cast(), p.len() as libc::c_int, at) };
+        if let Some(direct) = self.direct.get() {
+            let whole = pieces.len() <= PIECES_PER_CALL && direct.accepts(pieces, offset);
+            let at = signed(offset)?;
+            return match whole && direct.write_whole(|| many(pieces, at)) as u64 == super::total_src(pieces) {
+                true => Ok(()),
+                false => direct.write(fd, pieces, offset), // and what stopped the other will stop this
+            };
+        }
         let done = transfer!(pieces, offset, one, many);
         // A write that makes no progress without an error: the device has no room.
         if (done as u64) < super::total_src(pieces) { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
@@ -181,6 +202,26 @@ impl Storage for FileStorage {
 
     fn raw_fd(&self) -> Option<RawFd> {
         Some(self.fd())
+    }
+
+    fn accepts_raw_read(&self, pieces: &[IoDst<'_>], offset: u64) -> bool {
+        self.direct.get().is_none_or(|direct| direct.accepts(pieces, offset))
+    }
+
+    fn begin_raw_write(&self, pieces: &[IoSrc<'_>], offset: u64) -> bool {
+        self.direct.get().is_none_or(|direct| direct.accepts(pieces, offset) && direct.try_begin_write())
+    }
+
+    fn end_raw_write(&self) {
+        self.direct.get().into_iter().for_each(Direct::end_write);
+    }
+
+    fn avoid_page_cache(&self) -> io::Result<()> {
+        if self.direct.get().is_none() {
+            // Somebody else may have switched it meanwhile: to the same.
+            let _ = self.direct.set(Direct::switch(self.fd())?);
+        }
+        Ok(())
     }
 
     fn allocated_bytes(&self) -> Option<u64> {

@@ -8,6 +8,7 @@ use std::future::Future;
 use std::io;
 use std::marker::PhantomData;
 
+mod direct;
 pub mod file;
 pub mod lock;
 pub mod memory;
@@ -194,9 +195,30 @@ pub trait Storage: Send + Sync {
     fn unlock(&self) {}
 
     /// The descriptor of a file on which positioned calls do what the functions above do, for drivers that make them
-    /// in another way.
+    /// in another way: reads that [`Storage::accepts_raw_read`], and writes between [`Storage::begin_raw_write`] and
+    /// [`Storage::end_raw_write`].
     fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
         None
+    }
+
+    /// Whether a read may go to the descriptor as it is.
+    fn accepts_raw_read(&self, pieces: &[IoDst<'_>], offset: u64) -> bool {
+        let _ = (pieces, offset);
+        true
+    }
+
+    /// Begins a write to the descriptor. `false`: this one has to be made by [`Storage::write`].
+    fn begin_raw_write(&self, pieces: &[IoSrc<'_>], offset: u64) -> bool {
+        let _ = (pieces, offset);
+        true
+    }
+
+    /// Ends a write that was begun with [`Storage::begin_raw_write`].
+    fn end_raw_write(&self) {}
+
+    /// From now on, transfers leave the page cache of the system out.
+    fn avoid_page_cache(&self) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }
 
     /// Bytes that the storage occupies, where that is known.

@@ -11,6 +11,8 @@ pub trait Piece: Copy {
     const EMPTY: Self;
     /// Length in bytes.
     fn length(&self) -> usize;
+    /// Where it is in memory.
+    fn address(&self) -> usize;
     /// The part `[from, from + len)`.
     fn part(&self, from: usize, len: usize) -> Self;
 }
@@ -19,6 +21,9 @@ impl Piece for IoDst<'_> {
     const EMPTY: Self = IoDst::EMPTY;
     fn length(&self) -> usize {
         self.len()
+    }
+    fn address(&self) -> usize {
+        self.base().addr()
     }
     fn part(&self, from: usize, len: usize) -> Self {
         self.slice(from, len)
@@ -29,6 +34,9 @@ impl Piece for IoSrc<'_> {
     const EMPTY: Self = IoSrc::EMPTY;
     fn length(&self) -> usize {
         self.len()
+    }
+    fn address(&self) -> usize {
+        self.base().addr()
     }
     fn part(&self, from: usize, len: usize) -> Self {
         self.slice(from, len)

@@ -16,12 +16,18 @@ pub struct HostFile {
     storage: Arc<dyn Storage>,
     stopped: OnceLock<&'static str>,
     cannot_punch: AtomicBool,
+    no_flush: bool,
 }
 
 impl HostFile {
     /// Takes over an open storage.
     pub fn new(storage: Arc<dyn Storage>) -> Self {
-        Self { storage, stopped: OnceLock::new(), cannot_punch: AtomicBool::new(false) }
+        Self { storage, stopped: OnceLock::new(), cannot_punch: AtomicBool::new(false), no_flush: false }
+    }
+
+    /// One whose barriers make nothing durable: the caller does not care.
+    pub fn without_flush(self, no_flush: bool) -> Self {
+        Self { no_flush, ..self }
     }
 
     /// The storage below.
@@ -68,6 +74,9 @@ impl HostFile {
     /// Makes all completed writes durable. A failure is final for this handle.
     pub async fn barrier<I: Io>(&self, io: &I) -> Result<()> {
         self.check_writes()?;
+        if self.no_flush {
+            return Ok(());
+        }
         let result = io.flush(&*self.storage).await;
         if result.is_err() {
             self.stop_writes(FLUSH_FAILED);
