@@ -59,7 +59,11 @@ check: build
 bench: bench-driver
 	python3 benches/run.py --no-build $(BENCH_DIRS)
 
-bench-driver: build/bench/driver build/bench/driver-heap
+bench-driver: build/bench/driver build/bench/driver-heap build/bench/queue
+
+build/bench/queue: benches/queue.c benches/ring.h include/qcow2.h $(SO)
+	@mkdir -p build/bench
+	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -Iinclude $< -o $@ -Lbuild -lqcow2 -Wl,-rpath,'$$ORIGIN/..'
 
 build/bench/driver: benches/driver.c include/qcow2.h $(SO)
 	@mkdir -p build/bench

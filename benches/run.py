@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILT = Path(os.environ.get("BENCH_BUILD", ROOT / "build" / "bench"))
 SUBCLUSTERED = {"cluster_size": "128k", "extended_l2": "on"}
 STANDARD = {"cluster_size": "64k"}
+LARGE = {"cluster_size": "2M", "extended_l2": "on"}
 SEQUENTIAL_MISSES = 257 * 4096  # a step of `qemu-img bench` that comes back to a cluster late
 TARGET = 1.15
 
@@ -34,13 +35,27 @@ TARGET = 1.15
 class Workload:
     def __init__(self, name, qemu=None, options=SUBCLUSTERED, mapped=False):
         self.name, self.qemu, self.options, self.mapped = name, qemu, options, mapped
+        self.program, self.call, self.settings = "driver", name, {}
 
     def label(self):
-        return self.name + (" (standard)" if self.options is STANDARD else "")
+        return self.name + (" (standard)" if self.options is STANDARD else " (2 MiB)" if self.options is LARGE else "")
+
+    def fits(self, kind):
+        """Whether it says something about a file system. (Without the page cache there is nothing left of tmpfs.)"""
+        return kind != "tmpfs" or not self.settings.get("direct")
 
 
-def qemu(block, count, step, write=False, fresh=False):
-    return {"block": block, "count": count, "step": step, "write": write, "fresh": fresh}
+class QueueWorkload(Workload):
+    """`depth` requests of 4 KiB in flight, ours through a queue, raw through a ring: see queue.c."""
+
+    def __init__(self, call, depth, qemu=None, options=SUBCLUSTERED, **settings):
+        words = ["queue", call, "4k", f"d{depth}", *(key for key in settings if settings[key] == 1)]
+        super().__init__("-".join(words), qemu, options)
+        self.program, self.call, self.settings = "queue", call, {"depth": depth, **settings}
+
+
+def qemu(block, count, step, write=False, fresh=False, depth=1, direct=False):
+    return {"block": block, "count": count, "step": step, "write": write, "fresh": fresh, "depth": depth, "direct": direct}
 
 
 WORKLOADS = [
@@ -57,6 +72,19 @@ WORKLOADS = [
     Workload("write-seq-64k", qemu(65536, 8192, 65536, write=True, fresh=True)),
     Workload("write-seq-1m", qemu(1 << 20, 512, 1 << 20, write=True, fresh=True)),
     Workload("open-close"),
+    QueueWorkload("read", 1, qemu(4096, 50000, SEQUENTIAL_MISSES)),
+    QueueWorkload("read", 32, qemu(4096, 50000, SEQUENTIAL_MISSES, depth=32)),
+    QueueWorkload("overwrite", 32, qemu(4096, 50000, SEQUENTIAL_MISSES, write=True, depth=32)),
+    QueueWorkload("allocate", 1, qemu(4096, 16384, 128 << 10, write=True, fresh=True), ops=16384, size_mib=2048),
+    QueueWorkload("allocate", 32, qemu(4096, 16384, 128 << 10, write=True, fresh=True, depth=32), ops=16384, size_mib=2048),
+    QueueWorkload("allocate", 32, options=LARGE, ops=1024, size_mib=2048),
+    QueueWorkload("allocate", 1, backing=1, ops=4096),
+    QueueWorkload("allocate", 32, backing=1, ops=4096),
+    QueueWorkload("read", 1, qemu(4096, 20000, SEQUENTIAL_MISSES, direct=True), direct=1, ops=20000),
+    QueueWorkload("read", 32, qemu(4096, 50000, SEQUENTIAL_MISSES, depth=32, direct=True), direct=1),
+    QueueWorkload("overwrite", 32, qemu(4096, 50000, SEQUENTIAL_MISSES, write=True, depth=32, direct=True), direct=1),
+    QueueWorkload("allocate", 1, direct=1, ops=4096, size_mib=512),
+    QueueWorkload("allocate", 32, direct=1, ops=16384, size_mib=2048),
 ]
 
 
@@ -69,8 +97,9 @@ def output_of(command):
 
 def driver(program, workload, folder, **settings):
     """The driver's lines. Keys of `settings` are the driver's own; None leaves its default."""
-    words = [f"{key}={value}" for key, value in {**settings, **workload.options}.items() if value is not None]
-    lines = output_of([BUILT / program, workload.name, folder, *words]).splitlines()
+    given = {key: value for key, value in settings.items() if value is not None}
+    words = [f"{key}={value}" for key, value in {**workload.settings, **given, **workload.options}.items()]
+    lines = output_of([BUILT / program, workload.call, folder, *words]).splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -93,7 +122,8 @@ def qemu_seconds_per_op(workload, folder, quick):
         options = ",".join(f"{key}={value}" for key, value in workload.options.items())
         size_bytes = max(settings["count"] * settings["step"], 1 << 20)
         output_of(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, image, size_bytes])
-    command = ["qemu-img", "bench", "-f", "qcow2", "-t", "writeback", "-d", 1, "-c", count]
+    cache = ["-t", "none", "-i", "io_uring"] if settings["direct"] else ["-t", "writeback"]
+    command = ["qemu-img", "bench", "-f", "qcow2", *cache, "-d", settings["depth"], "-c", count]
     command += ["-s", settings["block"], "-S", settings["step"], *(["-w"] if settings["write"] else []), image]
     seconds = re.search(r"Run completed in ([0-9.]+) seconds", output_of(command))
     return float(seconds[1]) / count
@@ -108,7 +138,7 @@ class Measurement:
     def take(self, folder, quick, chunks, rounds, ops):
         for _ in range(chunks):
             size_mib = 64 if quick else None
-            for line in driver("driver", self.workload, folder, rounds=rounds, ops=ops, size_mib=size_mib):
+            for line in driver(self.workload.program, self.workload, folder, rounds=rounds, ops=ops, size_mib=size_mib):
                 self.rounds[line["side"]].append(line)
             if self.workload.name != "open-close":
                 verify_images(folder)
@@ -213,7 +243,7 @@ def measure(base, is_first, options):
         kind = file_system(folder)
         print(f"{base} ({kind}), microseconds for each operation; target: a mapped 4 KiB operation on tmpfs <= {TARGET}\n")
         for workload in WORKLOADS:
-            if options.only and not re.search(options.only, workload.label()):
+            if not workload.fits(kind) or options.only and not re.search(options.only, workload.label()):
                 continue
             measurement = Measurement(workload)
             slow = workload.name == "allocate-4k-flush-each" and kind != "tmpfs"
