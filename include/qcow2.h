@@ -92,7 +92,8 @@ uint32_t qcow2_version_number(void);
  * Whether this build of the library has a feature.
  *
  * name: "zlib" and "zstd" (compressed clusters of that kind can be read), "extended_l2" (subclusters),
- *       "write_zeroes" and "discard" (those calls).
+ *       "write_zeroes" and "discard" (those calls), "write_compressed" (QCOW2_COMPRESSED, with the methods that can be
+ *       read).
  *
  * Returns 1 if it has, 0 if it has not or nobody knows a feature of that name (NULL included).
  * Thread-safe. Since 0.1.
@@ -274,6 +275,23 @@ int64_t qcow2_size(const qcow2_image *image);
 #define QCOW2_NO_FALLBACK (1 << 2)
 
 /**
+ * Flag of qcow2_pwrite() and qcow2_pwritev(): the range is stored compressed, with the method of the image (option
+ * "compression_type"), as far as that makes it smaller.
+ *
+ * The range must consist of whole clusters: offset at the start of one, length a multiple of the cluster size unless
+ * the range reaches the end of the image. Anything else is -EINVAL, as is an image whose data is in an external data
+ * file. Each cluster is compressed by itself and packed behind the one before, across the boundaries of sectors and
+ * host clusters. A cluster that does not become smaller is written as without the flag; one that is all zeroes becomes
+ * zero by its entry alone, as by qcow2_write_zeroes() with QCOW2_MAY_UNMAP (in an image of version 2, which has no zero
+ * flag, it is compressed like any other).
+ *
+ * What the range held before does not matter: data, compressed clusters, clusters shared with a snapshot; it is
+ * released. A later write to a part of a compressed cluster stores all of it uncompressed again. Compression is done in
+ * the calling thread, at about a hundredth of the speed of a plain write: the flag is for disks that are written once.
+ */
+#define QCOW2_COMPRESSED (1 << 3)
+
+/**
  * Reads guest data into a buffer.
  *
  * image:  the handle
@@ -299,11 +317,12 @@ int qcow2_pread(qcow2_image *image,
  * buf:    what to write: length bytes, not changed (NULL is allowed where length is 0)
  * length: bytes
  * offset: guest offset in bytes; offset + length must not be past the end of the image
- * flags:  0 or QCOW2_FUA
+ * flags:  0, or any of QCOW2_FUA and QCOW2_COMPRESSED
  *
- * Returns 0 (all of it was written) or a negative errno: -EINVAL past the end, NULL or unknown flags; -EROFS opened
- * read-only; -ENOSPC and others from the storage; -EIO the image is corrupt. After an error each byte of the range
- * may be old or new.
+ * Returns 0 (all of it was written) or a negative errno: -EINVAL past the end, NULL, unknown flags, or a range
+ * that cannot be compressed (see QCOW2_COMPRESSED); -EROFS opened read-only; -ENOTSUP compression with a method that
+ * this build lacks; -ENOSPC and others from the storage; -EIO the image is corrupt. After an error each byte of the
+ * range may be old or new.
  * Thread-safe. Since 0.1.
  */
 int qcow2_pwrite(qcow2_image *image,
@@ -336,7 +355,7 @@ int qcow2_preadv(qcow2_image *image,
  * iov:    the buffers, not changed (NULL is allowed where iovcnt is 0); a buffer of length 0 is allowed
  * iovcnt: how many; any number, not limited by IOV_MAX
  * offset: guest offset in bytes
- * flags:  0 or QCOW2_FUA
+ * flags:  0, or any of QCOW2_FUA and QCOW2_COMPRESSED
  *
  * Returns 0 or a negative errno, as qcow2_pwrite(). Thread-safe. Since 0.1.
  */

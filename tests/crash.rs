@@ -103,6 +103,13 @@ enum Step {
         length: u64,
         fua: bool,
     },
+    /// With the seed of its data.
+    Compressed {
+        offset: u64,
+        length: u64,
+        fua: bool,
+        seed: u64,
+    },
     /// Zeroes, as such or as data in which they are found.
     Zero {
         offset: u64,
@@ -121,6 +128,7 @@ fn overlaps(steps: &[Step], offset: u64, length: u64) -> bool {
     let sectors = |offset: u64, length: u64| offset / 512..(offset + length).div_ceil(512);
     steps.iter().any(|step| match step {
         Step::Write { offset: o, length: l, .. }
+        | Step::Compressed { offset: o, length: l, .. }
         | Step::Zero { offset: o, length: l, .. }
         | Step::Discard { offset: o, length: l } => {
             let (a, b) = (sectors(*o, *l), sectors(offset, length));
@@ -141,7 +149,11 @@ fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
         }
         let align = if rng.one_in(3) { 1 } else { 512 };
         let (offset, length) = start.random_range(rng, align);
-        let step = match rng.below(8) {
+        let step = match rng.below(10) {
+            8.. => {
+                let (offset, length) = start.random_clusters(rng);
+                Step::Compressed { offset, length, fua: rng.one_in(8), seed: rng.next_u64() }
+            }
             0 => Step::Zero { offset, length, unmap: rng.one_in(2), as_data: rng.one_in(3) },
             1 => {
                 let (offset, length) = start.random_cluster(rng);
@@ -149,8 +161,10 @@ fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
             }
             _ => Step::Write { offset, length, fua: rng.one_in(8) },
         };
-        let (Step::Write { offset, length, .. } | Step::Zero { offset, length, .. } | Step::Discard { offset, length }) =
-            step
+        let (Step::Write { offset, length, .. }
+        | Step::Compressed { offset, length, .. }
+        | Step::Zero { offset, length, .. }
+        | Step::Discard { offset, length }) = step
         else {
             unreachable!("flushes were made above")
         };
@@ -164,16 +178,23 @@ fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
 async fn perform(
     image: &Image,
     io: &SimIo,
+    start: &Start,
     guest: &RefCell<Guest>,
     acknowledged: &Cell<u64>,
     op: u64,
     step: Step,
 ) -> qcow2::Result<()> {
     match step {
-        Step::Write { offset, length, fua } => {
-            let data = pattern(op, offset, length);
+        Step::Write { offset, length, fua } | Step::Compressed { offset, length, fua, .. } => {
+            let (data, compressed) = match step {
+                Step::Compressed { seed, .. } => {
+                    (start.data_to_compress(&mut Rng::new(seed), op, offset, length), true)
+                }
+                _ => (pattern(op, offset, length), false),
+            };
             let ticket = guest.borrow_mut().issue(offset, &data);
-            image.write_with(io, &[IoSrc::from(&data[..])], GuestOffset(offset), WriteFlags { fua }).await?;
+            let flags = WriteFlags { fua, compressed };
+            image.write_with(io, &[IoSrc::from(&data[..])], GuestOffset(offset), flags).await?;
             match fua {
                 true => guest.borrow_mut().forced(&ticket),
                 false => guest.borrow_mut().complete(&ticket),
@@ -229,10 +250,9 @@ fn run_script(start: &Start, seed: u64, tally: Tally) -> Tally {
     for _ in 0..8 + rng.below(8) {
         let steps = group(&mut rng, start);
         let label = format!("seed {seed}, op {op}: {steps:?}");
-        let tasks = steps
-            .into_iter()
-            .enumerate()
-            .map(|(n, step)| Box::pin(perform(&image, &io, &guest, &acknowledged, op + n as u64, step)) as Task<'_, _>);
+        let tasks = steps.into_iter().enumerate().map(|(n, step)| {
+            Box::pin(perform(&image, &io, start, &guest, &acknowledged, op + n as u64, step)) as Task<'_, _>
+        });
         let results = scheduler
             .run(tasks.collect(), || watch.look(|| label.clone()))
             .unwrap_or_else(|stuck| panic!("{label}: {stuck:?}"));
@@ -361,7 +381,12 @@ fn the_simulated_disk_is_what_the_engine_writes_to() {
     let before = io.transfers();
     scheduler
         .run_one(
-            image.write_with(&io, &[IoSrc::from(&[1u8; 512][..])], GuestOffset(0), WriteFlags { fua: true }),
+            image.write_with(
+                &io,
+                &[IoSrc::from(&[1u8; 512][..])],
+                GuestOffset(0),
+                WriteFlags { fua: true, ..WriteFlags::default() },
+            ),
             || {},
         )
         .unwrap()

@@ -18,13 +18,14 @@ use qcow2::format::GuestOffset;
 use qcow2::image::{Image, WriteFlags};
 use qcow2::storage::sim::{CrashBudget, Fault, Rng, SimDisk};
 use qcow2::storage::{Blocking, IoSrc};
-use stage::{Guest, Start, cases, judge_disk, open, pattern};
+use stage::{Guest, Start, cases, judge_disk, open, pattern, squeezable};
 
 const RUNS_BY_DEFAULT: u64 = 6_000;
 
 #[derive(Debug, Clone, Copy)]
 enum Step {
     Write { offset: u64, length: u64, fua: bool },
+    Compressed { offset: u64, length: u64, fua: bool },
     Flush,
 }
 
@@ -34,6 +35,10 @@ fn script(start: &Start, seed: u64) -> Vec<Step> {
         .map(|_| {
             if rng.one_in(4) {
                 return Step::Flush;
+            }
+            if rng.one_in(3) {
+                let (offset, length) = start.random_clusters(&mut rng);
+                return Step::Compressed { offset, length, fua: rng.one_in(8) };
             }
             let (offset, length) = start.random_range(&mut rng, 512);
             Step::Write { offset, length, fua: rng.one_in(8) }
@@ -54,10 +59,11 @@ struct Run {
 
 fn step(image: &Image, guest: &mut Guest, op: u64, step: Step) -> Result<(), Error> {
     match step {
-        Step::Write { offset, length, fua } => {
-            let data = pattern(op, offset, length);
+        Step::Write { offset, length, fua } | Step::Compressed { offset, length, fua } => {
+            let compressed = matches!(step, Step::Compressed { .. });
+            let data = if compressed { squeezable(op, offset, length) } else { pattern(op, offset, length) };
             let ticket = guest.issue(offset, &data);
-            image.write(&[IoSrc::from(&data[..])], GuestOffset(offset), WriteFlags { fua })?;
+            image.write(&[IoSrc::from(&data[..])], GuestOffset(offset), WriteFlags { fua, compressed })?;
             match fua {
                 true => guest.forced(&ticket),
                 false => guest.complete(&ticket),
@@ -121,8 +127,9 @@ fn check(start: &Start, run: &Run, fault: Fault, label: &str) {
         _ => IoOp::Truncate,
     };
     match first {
-        // Punching is advice, and its failure is nobody's: the error is that of a later call, as the fault lasted.
-        Error::Io { errno, .. } if what == "punch" => {
+        // Punching is advice, and its failure is nobody's, as is that of a read while freed clusters are given back,
+        // which is tried again: the error is that of a later call, as the fault lasted.
+        Error::Io { op, errno, .. } if what == "punch" || what == "read" && *op != IoOp::Read => {
             assert_eq!((fault.sticky, *errno), (true, fault.errno), "{label}")
         }
         Error::Io { op, errno, offset: at } => {

@@ -16,16 +16,18 @@ use qcow2::format::GuestOffset;
 use qcow2::image::{Image, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{Rng, Scheduler, SimDisk, SimIo, Task};
 use qcow2::storage::{Blocking, IoDst, IoSrc};
-use stage::{Case, Guest, Start, cases, open, pattern};
+use stage::{Case, Guest, Start, cases, open, pattern, squeezable};
 
 /// Requests start and end at multiples of this: smaller than a sector, so that two writes share one.
 const ATOM: u64 = 128;
+const COMPRESSED: WriteFlags = WriteFlags { fua: false, compressed: true };
 const INTERLEAVINGS_BY_DEFAULT: u64 = 20_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Read,
     Write,
+    Compressed,
     Zero,
     Discard,
     Flush,
@@ -79,8 +81,8 @@ async fn perform(image: &Image, io: &SimIo, clock: &Cell<u64>, done: &RefCell<Ve
             image.write_zeroes_with(io, offset, request.data.len() as u64, flags).await.unwrap();
         }
         Kind::Discard => image.discard_with(io, offset, request.data.len() as u64).await.unwrap(),
-        Kind::Write => {
-            let flags = WriteFlags { fua: request.fua };
+        Kind::Write | Kind::Compressed => {
+            let flags = WriteFlags { fua: request.fua, compressed: request.kind == Kind::Compressed };
             // Two pieces, so that lists of memory pieces are cut at odd places as well.
             let (head, tail) = request.data.split_at(request.data.len() / 3);
             image.write_with(io, &[IoSrc::from(head), IoSrc::from(tail)], offset, flags).await.unwrap();
@@ -101,11 +103,18 @@ fn clients_that_reuse(rng: &mut Rng, start: &Start) -> Vec<Vec<Request>> {
     } else {
         request(Kind::Read, offset, vec![0; length as usize])
     };
-    let kind = if rng.one_in(2) { Kind::Discard } else { Kind::Zero };
-    let mut other = vec![request(kind, offset, vec![0; length as usize]), request(Kind::Flush, 0, Vec::new())];
+    let gives_up = match rng.below(3) {
+        0 => request(Kind::Discard, offset, vec![0; length as usize]),
+        1 => request(Kind::Zero, offset, vec![0; length as usize]),
+        _ => request(Kind::Compressed, offset, squeezable(9, offset, length)),
+    };
+    let mut other = vec![gives_up, request(Kind::Flush, 0, Vec::new())];
     for op in 2..4 {
         let (offset, length) = start.random_cluster(rng);
-        other.push(request(Kind::Write, offset, pattern(op, offset, length)));
+        other.push(match rng.one_in(3) {
+            true => request(Kind::Compressed, offset, squeezable(op, offset, length)),
+            false => request(Kind::Write, offset, pattern(op, offset, length)),
+        });
     }
     vec![vec![slow], other]
 }
@@ -140,13 +149,16 @@ fn random_requests(rng: &mut Rng, start: &Start) -> Vec<Request> {
             [Kind::Write; 4],
             [Kind::Read, Kind::Read, Kind::Read, Kind::Flush],
             [Kind::Zero, Kind::Zero, Kind::Discard, Kind::Flush],
-        ][[0, 0, 1, 1, 2][rng.below(5) as usize]][rng.below(4) as usize];
-        if kind == Kind::Discard {
+            [Kind::Compressed; 4],
+        ][[0, 0, 1, 1, 2, 3][rng.below(6) as usize]][rng.below(4) as usize];
+        if kind == Kind::Discard || kind == Kind::Compressed {
             let cluster = offset / start.cluster * start.cluster;
             (offset, length) = (cluster, start.cluster.min(start.guest_size - cluster));
         }
         let data = match kind {
             Kind::Write => pattern(op + 1, offset, length),
+            Kind::Compressed if rng.one_in(6) => pattern(op + 1, offset, length),
+            Kind::Compressed => squeezable(op + 1, offset, length),
             Kind::Read => vec![0xee; length as usize],
             Kind::Zero | Kind::Discard => vec![0; length as usize],
             Kind::Flush => Vec::new(),
@@ -210,6 +222,13 @@ fn interleaving(start: &Start, seed: u64, dir: &qemu::Dir, name: &str) {
         if rng.one_in(4) {
             guest.issue(offset, &vec![0; length as usize]);
             image.write_zeroes(offset, length, ZeroFlags::default()).unwrap();
+            continue;
+        }
+        if rng.one_in(3) {
+            let (offset, length) = start.random_clusters(&mut rng);
+            let data = squeezable(100 + op, offset, length);
+            guest.issue(offset, &data);
+            image.write(&[IoSrc::from(&data[..])], GuestOffset(offset), COMPRESSED).unwrap();
             continue;
         }
         let data = pattern(100 + op, offset, length);
@@ -282,7 +301,14 @@ fn concurrent_requests_on_subclusters_are_linearizable() {
 #[test]
 fn concurrent_requests_on_clusters_are_linearizable() {
     run(
-        &["512 B", "512 B, snapshots", "512 B, compressed, backing", "4 KiB, backing", "4 KiB, snapshot, compressed"],
+        &[
+            "512 B",
+            "512 B, snapshots",
+            "512 B, compressed, backing",
+            "4 KiB, backing",
+            "4 KiB, snapshot, compressed",
+            "4 KiB, 2-bit refcounts, zstd",
+        ],
         "interleave-standard",
     );
 }

@@ -11,7 +11,9 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use judge::{Judge, Layout};
-use qcow2::image::{BackingPolicy, Image, OpenOptions, ZeroFlags};
+use qcow2::format::GuestOffset;
+use qcow2::image::{BackingPolicy, Image, OpenOptions, WriteFlags, ZeroFlags};
+use qcow2::storage::IoSrc;
 use qcow2::storage::sim::{DiskImage, Rng};
 
 /// A shape of image.
@@ -59,12 +61,29 @@ fn random_bytes(rng: &mut Rng, length: u64) -> Vec<u8> {
     bytes
 }
 
+/// Pieces of noise, of one byte repeated, and of zeroes.
+fn half_random_bytes(rng: &mut Rng, length: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while (bytes.len() as u64) < length {
+        let n = 1 + rng.below(3000) * rng.below(30);
+        match rng.below(3) {
+            0 => bytes.extend(random_bytes(rng, n)),
+            1 => bytes.resize(bytes.len() + n as usize, rng.next_u64() as u8),
+            _ => bytes.resize(bytes.len() + n as usize, 0),
+        }
+    }
+    bytes.truncate(length as usize);
+    bytes
+}
+
 impl Shape {
     fn options(&self) -> String {
         let compat = if self.version == 2 { "0.10" } else { "1.1" };
         let extended = if self.extended { ",extended_l2=on" } else { "" };
+        let is_zstd = self.version == 3 && self.chain % 2 == 1;
+        let compression = if is_zstd { ",compression_type=zstd" } else { "" };
         format!(
-            "cluster_size={},compat={compat},refcount_bits={}{extended}",
+            "cluster_size={},compat={compat},refcount_bits={}{extended}{compression}",
             1u64 << self.cluster_bits,
             self.refcount_bits
         )
@@ -164,7 +183,17 @@ fn one_thread_against_a_flat_array() {
         for op in 0..number("MODEL_OPS", 200) {
             let (offset, length) = range(&mut rng, &shape, 0, shape.size);
             let slice = offset as usize..(offset + length) as usize;
-            match rng.below(20) {
+            match rng.below(22) {
+                20.. => {
+                    let cluster = 1u64 << shape.cluster_bits;
+                    let from = offset / cluster * cluster;
+                    let to = (offset + length).next_multiple_of(cluster).min(shape.size);
+                    let data = half_random_bytes(&mut rng, to - from);
+                    let flags = WriteFlags { compressed: true, fua: rng.one_in(9) };
+                    let done = image.write(&[IoSrc::from(&data[..])], GuestOffset(from), flags);
+                    done.unwrap_or_else(|why| panic!("{label}, op {op}: compressed write of {from}..{to}: {why}"));
+                    content[from as usize..to as usize].copy_from_slice(&data);
+                }
                 0 => image.flush().unwrap_or_else(|why| panic!("{label}, op {op}: {why}")),
                 1 => {
                     image.close().unwrap_or_else(|why| panic!("{label}, op {op}: close: {why}"));
@@ -283,6 +312,7 @@ fn atom(thread: u64, op: u64, at: u64) -> Vec<u8> {
 /// One of several threads that write and read the same area. Returns its last operation on each atom.
 fn write_and_read(image: &Image, before: &[u8], area: u64, thread: u64, mut rng: Rng, label: &str) -> Vec<u64> {
     let mut last = vec![0u64; (area / ATOM) as usize];
+    let cluster = image.info().cluster_size_bytes;
     for op in 1..number("MODEL_OPS", 200) * 3 {
         let first = rng.below(area / ATOM);
         let atoms = (1 + rng.below(60)).min(area / ATOM - first);
@@ -302,8 +332,14 @@ fn write_and_read(image: &Image, before: &[u8], area: u64, thread: u64, mut rng:
             }
             continue;
         }
+        let per_cluster = cluster / ATOM;
+        let (first, atoms, compressed) = match first / per_cluster * per_cluster {
+            first if rng.one_in(4) && first + per_cluster <= area / ATOM => (first, per_cluster, true),
+            _ => (first, atoms, false),
+        };
         let data: Vec<u8> = (first..first + atoms).flat_map(|at| atom(thread, op, at)).collect();
-        image.pwrite(&data, first * ATOM).unwrap();
+        let flags = WriteFlags { fua: false, compressed };
+        image.write(&[IoSrc::from(&data[..])], GuestOffset(first * ATOM), flags).unwrap();
         (first..first + atoms).for_each(|i| last[i as usize] = op);
         if rng.one_in(40) {
             image.flush().unwrap();

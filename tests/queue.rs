@@ -148,7 +148,7 @@ fn what_a_queue_does_is_what_an_array_would_hold() {
                     model[range].fill(value);
                     let half = length as usize / 2 + 7;
                     let pieces = vec![buffer.src(0, half), buffer.src(half, length as usize - half)];
-                    Request::Write(pieces, GuestOffset(offset), WriteFlags { fua })
+                    Request::Write(pieces, GuestOffset(offset), WriteFlags { fua, ..WriteFlags::default() })
                 }
                 4..7 => {
                     reads.push((slot, range));

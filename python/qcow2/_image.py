@@ -19,6 +19,7 @@ PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 
 _OVERWRITE = 1
 _FUA = 1
+_WRITE_COMPRESSED = 8
 _MAY_UNMAP = 2
 _NO_FALLBACK = 4
 _EXTENTS_A_CALL = 256
@@ -178,12 +179,13 @@ class Image:
         self._call(lib.qcow2_pread, memory, length, _offset(offset), 0)
         return memory.raw
 
-    def write(self, data: Any, offset: int, *, fua: bool = False) -> int:
+    def write(self, data: Any, offset: int, *, fua: bool = False, compressed: bool = False) -> int:
         """Writes ``data`` (bytes, or anything with a buffer) at ``offset``; with ``fua`` it is durable on return.
 
-        Returns the number of bytes.
+        With ``compressed``, whole clusters (the last one of the image may be short) are stored compressed as far as
+        that makes them smaller. Returns the number of bytes.
         """
-        flags = _FUA if fua else 0
+        flags = _FUA * fua | _WRITE_COMPRESSED * compressed
         if isinstance(data, bytes):
             self._call(lib.qcow2_pwrite, data, len(data), _offset(offset), flags)
             return len(data)

@@ -64,6 +64,20 @@ class Data(Case):
             self.assertEqual(image.read(5, 5000), b"hello")
             self.assertEqual(image.read(3, 100), b"fua")
 
+    def test_write_compressed(self) -> None:
+        for method in ("zlib", "zstd"):
+            self.disk.unlink(missing_ok=True)
+            with self.image((1 << 20) + 512, compression_type=method) as image:
+                text = bytes(range(256)) * 512
+                self.assertEqual(image.write(text, 65536, compressed=True), 131072)
+                image.write(bytearray(b"z" * 512), 1 << 20, compressed=True, fua=True)
+                compressed = [(e.start, e.length) for e in image.map() if e.compressed]
+                self.assertEqual(compressed, [(65536, 131072), (1 << 20, 512)])
+                self.assertEqual(image.read(131072, 65536), text)
+                with self.fails(qcow2.Code.ARGUMENT, errno.EINVAL, "'offset' is 512"):
+                    image.write(text, 512, compressed=True)
+            self.assertLess(self.disk.stat().st_size, 7 * 65536)
+
     def test_any_buffer(self) -> None:
         image = self.image()
         for data in (bytearray(b"abcd"), memoryview(b"abcd"), array.array("H", [0x6261, 0x6463])):

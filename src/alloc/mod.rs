@@ -7,16 +7,18 @@
 pub mod bulk;
 pub mod epoch;
 pub mod find;
+pub mod pack;
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Mutex;
 
 use crate::error::Result;
-use crate::format::{GuestCluster, HostCluster, HostOffset};
+use crate::format::l2::CompressedExtent;
+use crate::format::{GuestCluster, Host, HostCluster, HostOffset};
 use crate::storage::Io;
 use crate::tables::Tables;
-use crate::tables::refcounts::Refcounts;
+use crate::tables::refcounts::{RefcountState, Refcounts};
 use crate::wait::lock;
 
 use epoch::Epochs;
@@ -117,6 +119,29 @@ impl Allocator {
         }
     }
 
+    /// Reserves room for compressed clusters of these lengths, each shorter than a cluster and counted in every host
+    /// cluster that it touches. They lie one behind the other as far as that can be.
+    pub async fn reserve_bytes<'a, I: Io>(
+        &self,
+        io: &I,
+        tables: &'a Tables,
+        lengths: impl Iterator<Item = u64>,
+    ) -> Result<(Reservation<'a>, Vec<CompressedExtent>)> {
+        let mut reservation = Reservation::none(tables);
+        let mut extents = Vec::new();
+        for length in lengths {
+            let extent = loop {
+                match tables.refcounts.with(|state| pack::take_bytes(state, length))? {
+                    Ok(at) => break CompressedExtent::new(at, length),
+                    Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
+                }
+            };
+            reservation.runs.push(Host::Compressed(extent).clusters(tables.geometry));
+            extents.push(extent);
+        }
+        Ok((reservation, extents))
+    }
+
     /// Takes back one reference to each cluster once that is safe. The entry that held it has been replaced in memory
     /// already; `change` is the number of that change.
     pub fn release(&self, clusters: Range<u64>, change: u64) {
@@ -198,13 +223,20 @@ impl Allocator {
 async fn punch_freed<I: Io>(io: &I, tables: &Tables, clusters: &[HostCluster]) -> Result<()> {
     let mut run = 0..0;
     for group in clusters.chunk_by(|a, b| a == b) {
-        let count = loop {
-            match tables.refcounts.with(|state| state.get(group[0])) {
-                Ok(count) => break count,
+        let ends = |state: &mut RefcountState| {
+            let ends = state.get(group[0])? == group.len() as u64;
+            if ends {
+                state.end_packing(group[0]); // nothing may come into it between the look at its count and the punch
+            }
+            Ok(ends)
+        };
+        let ends = loop {
+            match tables.refcounts.with(ends) {
+                Ok(ends) => break ends,
                 Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
             }
         };
-        if count != group.len() as u64 {
+        if !ends {
             continue;
         }
         // An entry that pointed there was wrong; what it pointed to is needed.

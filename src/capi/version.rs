@@ -28,6 +28,7 @@ const FEATURES: &[(&str, bool)] = &[
     ("extended_l2", true),
     ("write_zeroes", true),
     ("discard", true),
+    ("write_compressed", true),
 ];
 
 /// The version of the library as text, "0.1.0" for example.
@@ -50,7 +51,8 @@ pub extern "C" fn qcow2_version_number() -> u32 {
 /// Whether this build of the library has a feature.
 ///
 /// name: "zlib" and "zstd" (compressed clusters of that kind can be read), "extended_l2" (subclusters),
-///       "write_zeroes" and "discard" (those calls).
+///       "write_zeroes" and "discard" (those calls), "write_compressed" (QCOW2_COMPRESSED, with the methods that can be
+///       read).
 ///
 /// Returns 1 if it has, 0 if it has not or nobody knows a feature of that name (NULL included).
 /// Thread-safe. Since 0.1.

@@ -44,7 +44,41 @@ fn unzstd(_: &[u8], _: &mut [u8]) -> Result<std::result::Result<(), BadData>> {
     Err(Error::Unsupported { feature: "zstd compression (this build of the library is without it)".into() })
 }
 
-/// Whether clusters compressed with `method` can be read by this build.
+/// Compresses one cluster; `None` if that does not make it smaller. A pure function over bytes, which takes no more
+/// memory than the cluster and what the method needs in any case.
+pub fn compress(method: Compression, cluster: &[u8]) -> Result<Option<Vec<u8>>> {
+    let mut stored = vec![0; cluster.len() - 1];
+    let length = match method {
+        Compression::Zlib => deflate(cluster, &mut stored),
+        Compression::Zstd => zstd(cluster, &mut stored)?,
+    };
+    Ok(length.map(|length| {
+        stored.truncate(length);
+        stored
+    }))
+}
+
+/// Raw deflate with a window of 12 bits: QEMU's inflate refuses any that is larger.
+fn deflate(cluster: &[u8], stored: &mut [u8]) -> Option<usize> {
+    let config = zlib_rs::DeflateConfig { level: 6, window_bits: -12, mem_level: 9, ..Default::default() };
+    let mut stream = zlib_rs::Deflate::new_with_config(config);
+    match stream.compress(cluster, stored, zlib_rs::DeflateFlush::Finish) {
+        Ok(zlib_rs::Status::StreamEnd) => Some(stream.total_out() as usize),
+        _ => None, // no room for the rest
+    }
+}
+
+#[cfg(feature = "zstd")]
+fn zstd(cluster: &[u8], stored: &mut [u8]) -> Result<Option<usize>> {
+    Ok(zstd_safe::compress(stored, cluster, zstd_safe::CLEVEL_DEFAULT).ok())
+}
+
+#[cfg(not(feature = "zstd"))]
+fn zstd(_: &[u8], _: &mut [u8]) -> Result<Option<usize>> {
+    check_supported(Compression::Zstd).map(|()| None)
+}
+
+/// Whether clusters compressed with `method` can be read and written by this build.
 pub fn is_supported(method: Compression) -> bool {
     method == Compression::Zlib || cfg!(feature = "zstd")
 }
@@ -72,6 +106,53 @@ mod tests {
         assert_eq!(decompress(Compression::Zlib, HELLO, &mut [0; 6]), Ok(Err(BadData)), "too little");
         assert_eq!(decompress(Compression::Zlib, &HELLO[..8], &mut [0; 5]), Ok(Err(BadData)), "cut off");
         assert_eq!(decompress(Compression::Zlib, &[7; 9], &mut [0; 5]), Ok(Err(BadData)), "garbage");
+    }
+
+    #[test]
+    fn what_was_compressed_is_smaller_and_comes_back() {
+        let methods = [Compression::Zlib, Compression::Zstd].into_iter().filter(|&method| is_supported(method));
+        for (method, bits) in methods.flat_map(|method| (9..=21).map(move |bits| (method, bits))) {
+            let size = 1usize << bits;
+            let text: Vec<u8> = (0..size).map(|i| b"a cluster of text, "[i % 19] ^ (i / 4000) as u8).collect();
+            let half: Vec<u8> =
+                noise(size).into_iter().enumerate().map(|(i, b)| if i < size / 2 { b } else { 0 }).collect();
+            for cluster in [vec![0; size], text, half] {
+                let mut stored = compress(method, &cluster).unwrap().expect("it becomes smaller");
+                assert!(stored.len() < size);
+                let length = stored.len();
+                stored.extend(noise(700)); // of the next cluster
+                let mut found = vec![0xaa; size];
+                assert_eq!(decompress(method, &stored, &mut found), Ok(Ok(())));
+                assert!(found == cluster, "{method:?}, {size} bytes");
+                let cut = decompress(method, &stored[..length / 2], &mut found);
+                assert_eq!(cut, Ok(Err(BadData)), "{method:?}: half of it is not enough");
+            }
+            assert_eq!(compress(method, &noise(size)), Ok(None), "{method:?}: noise does not become smaller");
+        }
+    }
+
+    #[test]
+    fn the_window_has_12_bits() {
+        let size = 64 << 10;
+        let cluster = [noise(size / 2), noise(size / 2)].concat();
+        // What repeats after 32 KiB is out of sight; after 3000 bytes, it is not.
+        assert_eq!(compress(Compression::Zlib, &cluster), Ok(None));
+        let cluster: Vec<u8> = noise(3000).into_iter().cycle().take(size).collect();
+        let stored = compress(Compression::Zlib, &cluster).unwrap().unwrap();
+        assert!(stored.len() < 10_000, "{}", stored.len());
+        let mut found = vec![0; size];
+        let config = zlib_rs::InflateConfig { window_bits: -12 };
+        let (found, _) = zlib_rs::decompress_slice(&mut found, &stored, config);
+        assert!(found == cluster);
+    }
+
+    fn noise(length: usize) -> Vec<u8> {
+        let mut word = 1u64;
+        let mut next = || {
+            word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            (word >> 56) as u8
+        };
+        (0..length).map(|_| next()).collect()
     }
 
     #[cfg(feature = "zstd")]

@@ -20,6 +20,10 @@ pub const ZERO: u64 = 1;
 pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits that are reserved in an L1 entry.
 pub const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Host offsets have 56 bits, also where a compressed descriptor has room for more.
+const HOST_BITS: u32 = 56;
+/// Unit in which a compressed descriptor counts.
+const SECTOR_BYTES: u64 = 512;
 /// Bits that are reserved in a standard descriptor (bit 0 is treated on its own).
 pub const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
@@ -69,6 +73,31 @@ pub struct CompressedExtent {
     pub offset: HostOffset,
     /// Bytes up to the end of the last sector.
     pub length_bytes: u64,
+}
+
+impl CompressedExtent {
+    /// The extent of `stored_bytes` (not 0) bytes at `offset`.
+    pub fn new(offset: HostOffset, stored_bytes: u64) -> Self {
+        let end = (offset.0 + stored_bytes).next_multiple_of(SECTOR_BYTES);
+        Self { offset, length_bytes: end - offset.0 }
+    }
+
+    /// Sectors after the one that it begins in.
+    fn additional_sectors(self) -> u64 {
+        (self.offset.0 % SECTOR_BYTES + self.length_bytes) / SECTOR_BYTES - 1
+    }
+
+    /// Whether a descriptor has room for it: the larger the clusters, the fewer bits are left for the host offset
+    /// (spec, "Compressed Clusters Descriptor").
+    pub fn is_encodable(self, geometry: Geometry) -> bool {
+        let offset_bits = compressed_offset_bits(geometry);
+        self.offset.0 >> offset_bits.min(HOST_BITS) == 0 && self.additional_sectors() >> (62 - offset_bits) == 0
+    }
+}
+
+/// Bits of a compressed descriptor that hold the host offset: x in the spec. The rest, up to bit 61, counts sectors.
+fn compressed_offset_bits(geometry: Geometry) -> u32 {
+    62 - (geometry.cluster_bits - 8)
 }
 
 /// Meaning of an L2 entry that was found well-formed.
@@ -172,25 +201,33 @@ impl L2Entry {
         if self.descriptor & COPIED != 0 {
             return Err(CorruptionKind::CompressedCopied);
         }
-        let offset_bits = 62 - (geometry.cluster_bits - 8);
+        let offset_bits = compressed_offset_bits(geometry);
         let offset = self.descriptor & ((1 << offset_bits) - 1);
-        if offset >> 56 != 0 {
+        if offset >> HOST_BITS != 0 {
             return Err(CorruptionKind::L2EntryReservedBits);
         }
         let sectors = ((self.descriptor & (COMPRESSED - 1)) >> offset_bits) + 1;
-        let extent = CompressedExtent { offset: HostOffset(offset), length_bytes: sectors * 512 - offset % 512 };
+        let length_bytes = sectors * SECTOR_BYTES - offset % SECTOR_BYTES;
+        let extent = CompressedExtent { offset: HostOffset(offset), length_bytes };
         Ok(ClusterState { host: Host::Compressed(extent), alloc: 0, zero: 0 })
     }
 
-    /// Encodes a state of a standard cluster. (Compressed descriptors are made by the compressor alone.)
+    /// Encodes a state. A compressed extent must be encodable ([`CompressedExtent::is_encodable`]).
     pub fn encode(state: ClusterState, geometry: Geometry) -> Self {
         let mut descriptor = match state.host {
             Host::None => 0,
             Host::Cluster { cluster, copied } => geometry.host_offset(cluster).0 | if copied { COPIED } else { 0 },
-            Host::Compressed(_) => unreachable!("compressed descriptors are not made from a state"),
+            Host::Compressed(extent) => {
+                debug_assert!(extent.is_encodable(geometry), "compressed extent out of reach");
+                COMPRESSED | extent.additional_sectors() << compressed_offset_bits(geometry) | extent.offset.0
+            }
         };
         debug_assert_eq!(state.alloc & state.zero, 0, "D6: a subcluster is allocated or zero, never both");
         debug_assert!(state.alloc == 0 || state.host != Host::None, "D6: allocated implies a host cluster");
+        debug_assert!(
+            !matches!(state.host, Host::Compressed(_)) || state.alloc | state.zero == 0,
+            "D6: a compressed cluster has no subclusters"
+        );
         let mut bitmap = 0;
         if geometry.extended_l2 {
             bitmap = u64::from(state.alloc) | u64::from(state.zero) << 32;
@@ -260,6 +297,27 @@ mod tests {
         let extent = CompressedExtent { offset: HostOffset(0x50040b), length_bytes: 3 * 512 - 0x0b };
         assert_eq!(state.host, Host::Compressed(extent));
         assert_eq!((state.alloc, state.zero), (0, 0));
+    }
+
+    #[test]
+    fn compressed_extents_survive_encoding_as_far_as_a_descriptor_reaches() {
+        for cluster_bits in 9..=21u32 {
+            let geometry = Geometry { cluster_bits, ..STD };
+            let size = 1u64 << cluster_bits;
+            let reach = 1u64 << (62 - (cluster_bits - 8)).min(56); // 512 TiB with clusters of 2 MiB
+            for offset in [512, 1000, 1023, size * 3 - 1, reach - size, reach - 1] {
+                for stored in [1, 2, size / 2, size - 1] {
+                    let extent = CompressedExtent::new(HostOffset(offset), stored);
+                    assert!(extent.is_encodable(geometry) && extent.length_bytes >= stored, "{extent:?}");
+                    assert!(extent.length_bytes < stored + 512 && (offset + extent.length_bytes).is_multiple_of(512));
+                    let state = ClusterState { host: Host::Compressed(extent), alloc: 0, zero: 0 };
+                    let entry = L2Entry::encode(state, geometry);
+                    assert_eq!((entry.decode(geometry), entry.descriptor >> 62), (Ok(state), 1));
+                }
+            }
+            assert!(!CompressedExtent::new(HostOffset(reach), 1).is_encodable(geometry));
+            assert!(!CompressedExtent::new(HostOffset(0), 2 * size + 1).is_encodable(geometry));
+        }
     }
 
     #[test]

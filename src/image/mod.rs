@@ -8,6 +8,7 @@ mod alone;
 pub mod backing;
 pub mod chain;
 pub mod check;
+mod compressed;
 pub mod create;
 mod detect;
 mod flush;

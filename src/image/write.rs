@@ -24,6 +24,8 @@ use crate::tables::{Found, Tables};
 pub struct WriteFlags {
     /// The call returns only once the write, and what it needs to be found again, is durable.
     pub fua: bool,
+    /// The range, which consists of whole clusters, is stored compressed as far as that makes it smaller.
+    pub compressed: bool,
 }
 
 /// A write into one cluster.
@@ -56,11 +58,18 @@ impl Image {
     ) -> Result<()> {
         let length = total_src(pieces);
         self.check_range(offset, length)?;
+        if flags.compressed {
+            self.check_compressed(offset, length)?;
+        }
         if !self.status.is_clear() {
             self.prepare_write(io).await?;
         }
         if length > 0 {
             let result = match self.detect_zeroes {
+                // On the heap, so that it does not take room in every write. Zeroes are found there in any case.
+                _ if flags.compressed => {
+                    Box::pin(self.write_compressed(io, pieces, offset, length)).await.map(|()| true)
+                }
                 DetectZeroes::Off => self.write_range(io, pieces, offset, length).await,
                 _ => self.write_detecting(io, pieces, offset, length).await,
             };

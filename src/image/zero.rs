@@ -101,6 +101,7 @@ impl Image {
         let (mut changes, mut rest) = (Vec::new(), Vec::new());
         for (cluster_at, span) in self.clusters_of_piece(at, length) {
             let state = look_up(io, tables, cluster_at).await?;
+            let span = self.span_in(state, cluster_at, span);
             let (mask, edges) = self.plan_edges(io, state, cluster_at, span).await?;
             let has_edges = !edges.is_empty();
             rest.extend(edges.into_iter().map(|(at, n)| Rest::Data(at, n)));
@@ -207,11 +208,11 @@ impl Image {
         self.own_l2_table(io, geometry.l1_index(at)).await?;
         let mut changes = Vec::new();
         for (cluster_at, span) in self.clusters_of_piece(at, length) {
-            let mask = cover(geometry, span).whole;
+            let state = look_up(io, tables, cluster_at).await?;
+            let mask = cover(geometry, self.span_in(state, cluster_at, span)).whole;
             if mask == 0 {
                 continue;
             }
-            let state = look_up(io, tables, cluster_at).await?;
             let planned = plan_discard(geometry, state, mask, self.below_is_zero(cluster_at));
             if let Outcome::Entry { state: new, releases } = planned {
                 changes.push(change(cluster_at, state, new, releases));
@@ -223,6 +224,16 @@ impl Image {
     /// Whether nothing lies below a cluster that could be seen through it. (What lies there may still read as zeroes.)
     fn below_is_zero(&self, cluster_at: GuestOffset) -> bool {
         self.chain.layers.get(1).is_none_or(|below| cluster_at.0 >= below.size_bytes())
+    }
+
+    /// What a span covers of a cluster in a state: a compressed cluster has no subclusters, and so all that the image has
+    /// of it is all of it.
+    fn span_in(&self, state: ClusterState, cluster_at: GuestOffset, span: Span) -> Span {
+        let is_all = span.start == 0 && cluster_at.0 + span.end >= self.size();
+        match state.host {
+            Host::Compressed(_) if is_all => Span { start: 0, end: self.active().geometry.cluster_size_bytes() },
+            _ => span,
+        }
     }
 
     /// The clusters of a piece with the part of each that it covers. A part that reaches the end of the image counts to
@@ -247,7 +258,7 @@ impl Image {
     }
 }
 
-fn change(cluster_at: GuestOffset, old: ClusterState, new: ClusterState, releases: bool) -> Change {
+pub(super) fn change(cluster_at: GuestOffset, old: ClusterState, new: ClusterState, releases: bool) -> Change {
     let drops_data = !releases && old.alloc & !new.alloc != 0;
     Change { cluster_at, state: new, released: if releases { old.host } else { Host::None }, drops_data }
 }

@@ -16,6 +16,7 @@
 //! Whatever is copied, the bytes that go to the host cluster are one contiguous range ([`WritePlan::io`]).
 
 use super::{Span, subcluster_mask};
+use crate::format::l2::CompressedExtent;
 use crate::format::{ClusterState, Geometry, Host, HostCluster};
 
 /// Where the bytes go.
@@ -85,6 +86,13 @@ pub fn plan_write(geometry: Geometry, state: ClusterState, payload: Span) -> Wri
     }
 }
 
+/// The new state of a cluster all of which is written, as a compressed extent that was made for it, and whether the old
+/// host cluster (or compressed extent) loses a reference. The extent is never the old one, and never ours: what is
+/// compressed is not written in place.
+pub fn plan_compressed(old: ClusterState, extent: CompressedExtent) -> (ClusterState, bool) {
+    (ClusterState { host: Host::Compressed(extent), alloc: 0, zero: 0 }, old.host != Host::None)
+}
+
 /// Situation 1: the new cluster holds all of subclusters `first..=last`.
 fn new_cluster(geometry: Geometry, state: ClusterState, payload: Span, first: u32, last: u32) -> WritePlan {
     let filled = subcluster_mask(first, last);
@@ -133,7 +141,6 @@ fn subcluster_start(geometry: Geometry, subcluster: u32) -> u64 {
 mod tests {
     use super::*;
     use crate::format::HostOffset;
-    use crate::format::l2::CompressedExtent;
 
     /// The geometry of the scenarios: 64 KiB clusters, 2 KiB subclusters.
     const G: Geometry = Geometry { version: 3, cluster_bits: 16, extended_l2: true, refcount_order: 4 };

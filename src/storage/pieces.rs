@@ -144,6 +144,16 @@ pub fn scatter(bytes: &[u8], pieces: &[IoDst<'_>]) {
     }
 }
 
+/// Copies the start of `pieces`, which are at least as long, to `bytes`.
+pub fn gather(pieces: &[IoSrc<'_>], bytes: &mut [u8]) {
+    let mut rest = bytes;
+    for piece in pieces {
+        let (part, next) = rest.split_at_mut(piece.len().min(rest.len()));
+        piece.slice(0, part.len()).copy_to(part);
+        rest = next;
+    }
+}
+
 /// Fills everything after the first `skip` bytes of `pieces` with zeroes.
 pub fn zero_from(pieces: &[IoDst<'_>], skip: usize) {
     for piece in skip_bytes(pieces, skip).as_slice() {
@@ -168,5 +178,9 @@ mod tests {
         scatter(&[9; 6], &pieces);
         assert_eq!((memory[0][4], memory[1][0], memory[1][1]), (9, 9, 1));
         assert_eq!(memory[11], [11, 11, 11, 0, 0]);
+        let pieces: Vec<IoSrc<'_>> = memory[..3].iter().map(|m| IoSrc::from(&m[..])).collect();
+        let mut gathered = [0xaa; 8];
+        gather(&pieces, &mut gathered[..7]);
+        assert_eq!(gathered, [9, 9, 9, 9, 9, 9, 1, 0xaa]);
     }
 }

@@ -60,6 +60,9 @@ pub struct RefcountState {
     pub give_back: Vec<HostCluster>,
     /// No cluster below this one is free.
     pub hint: HostCluster,
+    /// Where the next compressed extent goes: the first byte that nobody has had yet of a host cluster that others are
+    /// in already. None once nobody is in it any more.
+    pub packing: Option<HostOffset>,
     /// Where the search for runs of several clusters goes on: holes below were too short for an earlier one.
     pub run_hint: HostCluster,
 }
@@ -162,7 +165,15 @@ impl RefcountState {
         } else {
             block.dirty.start.min(range.start)..block.dirty.end.max(range.end)
         };
+        if value == 0 {
+            self.end_packing(cluster); // it may be anybody's in a moment
+        }
         Ok(())
+    }
+
+    /// No more compressed extents go into a cluster.
+    pub fn end_packing(&mut self, cluster: HostCluster) {
+        self.packing.take_if(|at| self.geometry.host_cluster(*at) == cluster);
     }
 
     /// Lowers a refcount by one.
@@ -340,6 +351,7 @@ impl Refcounts {
             give_back: Vec::new(),
             hint: HostCluster(0),
             run_hint: HostCluster(0),
+            packing: None,
         };
         Self { state: Mutex::new(state), loads: Claims::default(), has_moved: AtomicBool::new(false) }
     }

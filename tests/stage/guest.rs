@@ -26,6 +26,18 @@ pub fn pattern(op: u64, offset: u64, length: u64) -> Vec<u8> {
     bytes
 }
 
+/// As [`pattern`], and compressible, to a size that depends on the operation.
+pub fn squeezable(op: u64, offset: u64, length: u64) -> Vec<u8> {
+    let mut bytes = pattern(op, offset, length);
+    let kept = 32 + (op.wrapping_mul(7) % 50) as usize * 8;
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        if (offset as usize + index) % SECTOR_BYTES >= kept {
+            *byte = op as u8 | 1;
+        }
+    }
+    bytes
+}
+
 /// A name for what a sector holds, for messages.
 pub fn content_of(bytes: &[u8; SECTOR_BYTES]) -> String {
     if bytes.starts_with(b"guest:op") {

@@ -38,6 +38,7 @@ pub fn cases() -> Vec<Case> {
         case("4 KiB", 12, ""),
         Case { backing: true, ..case("4 KiB, backing", 12, "") },
         Case { snapshots: 1, compressed: true, ..case("4 KiB, snapshot, compressed", 12, "") },
+        Case { compressed: true, ..case("4 KiB, 2-bit refcounts, zstd", 12, "refcount_bits=2,compression_type=zstd") },
         Case { snapshots: 1, ..case("4 KiB, v2, snapshot", 12, "compat=0.10") },
         case("64 KiB", 16, ""),
         Case { compressed: true, ..case("64 KiB, compressed", 16, "") },
@@ -167,6 +168,33 @@ impl Start {
     pub fn random_cluster(&self, rng: &mut Rng) -> (u64, u64) {
         let cluster = self.hot[rng.below(self.hot.len() as u64) as usize];
         (cluster * self.cluster, self.cluster.min(self.guest_size - cluster * self.cluster))
+    }
+
+    /// One to three hot clusters beside each other: what a compressed write takes.
+    pub fn random_clusters(&self, rng: &mut Rng) -> (u64, u64) {
+        let first = self.hot[rng.below(self.hot.len() as u64) as usize];
+        let end = (first..first + 1 + rng.below(3)).take_while(|c| self.hot.contains(c)).last().unwrap() + 1;
+        (first * self.cluster, (end * self.cluster).min(self.guest_size) - first * self.cluster)
+    }
+
+    /// Data for a compressed write: mostly compressible, sometimes not, sometimes zeroes.
+    pub fn data_to_compress(&self, rng: &mut Rng, op: u64, offset: u64, length: u64) -> Vec<u8> {
+        match rng.below(8) {
+            0 => super::pattern(op, offset, length),
+            1 => vec![0; length as usize],
+            2 => {
+                // Clusters take turns.
+                let mut data = super::squeezable(op, offset, length);
+                for (index, cluster) in (0u64..).zip(data.chunks_mut(self.cluster as usize)) {
+                    let at = offset + index * self.cluster;
+                    if (at / self.cluster).is_multiple_of(2) {
+                        cluster.copy_from_slice(&super::pattern(op, at, cluster.len() as u64));
+                    }
+                }
+                data
+            }
+            _ => super::squeezable(op, offset, length),
+        }
     }
 
     /// A range to write to: head, middle, tail or all of a subcluster or cluster, two clusters, or a few bytes;
