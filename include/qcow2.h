@@ -672,7 +672,7 @@ int qcow2_opts_set_log(qcow2_opts *opts,
                        qcow2_destroy_fn destroy);
 
 /**
- * Lets the caller watch a long call (a create or a resize with preallocation), and end it.
+ * Lets the caller watch a long call (a create or a resize with preallocation, a check), and end it.
  *
  * opts:     the options
  * progress: the function; NULL takes an earlier one away. Called during the call only, in its thread; it must not call
@@ -891,6 +891,175 @@ int qcow2_map(qcow2_image *image,
               struct qcow2_extent *extents,
               size_t n_max,
               size_t *n);
+
+/* Check and repair ================================================================================
+ *
+ * Whether an image is consistent, and putting right what can be put right. The image is named by its path, descriptor
+ * or storage, not by a handle: what needs a repair cannot be opened for writing. (A dirty image can: such an open
+ * repairs it first.) Of the options, "locking", "check_memory" and the log, progress and finding functions count.
+ * Nothing that the image refers to is opened.
+ */
+
+/** Flag of the check calls: clusters that are counted and not used are given up. */
+#define QCOW2_CHECK_FIX_LEAKS (1 << 0)
+/** Flag of the check calls: everything is put right that can be without a guess, leaks included. */
+#define QCOW2_CHECK_FIX_ALL (1 << 1)
+/** Kind of a finding: clusters counted more often than they are referred to. Space is lost, nothing else. */
+#define QCOW2_FINDING_LEAK 1
+/** Kind of a finding: clusters referred to more often than they are counted; they could be handed out while in use. */
+#define QCOW2_FINDING_COUNT_TOO_LOW 2
+/** Kind of a finding: more references than a count of this width can tell. */
+#define QCOW2_FINDING_COUNT_OVERFLOW 3
+/** Kind of a finding: a COPIED flag that does not say whether the count is one. */
+#define QCOW2_FINDING_COPIED_FLAG 4
+/** Kind of a finding: a reference past the end of the file. */
+#define QCOW2_FINDING_OUTSIDE_FILE 5
+/** Kind of a finding: a reference that is not a multiple of the cluster size. */
+#define QCOW2_FINDING_UNALIGNED 6
+/** Kind of a finding: bits that are reserved are set. */
+#define QCOW2_FINDING_RESERVED_BITS 7
+/** Kind of a finding: flags or bitmap of an L2 entry contradict each other. */
+#define QCOW2_FINDING_MALFORMED_ENTRY 8
+/** Kind of a finding: a refcount block that cannot be used. */
+#define QCOW2_FINDING_REFCOUNT_BLOCK 9
+/** Kind of a finding: the refcount table cannot be used. */
+#define QCOW2_FINDING_REFCOUNT_TABLE 10
+/** Kind of a finding: a cluster that holds metadata and something else. */
+#define QCOW2_FINDING_OVERLAP 11
+/** Kind of a finding: an entry of the snapshot table. */
+#define QCOW2_FINDING_SNAPSHOT_TABLE 12
+/** Kind of a finding: a bitmap table. */
+#define QCOW2_FINDING_BITMAPS 13
+/** Kind of a finding: something that could not be read, and was not checked. */
+#define QCOW2_FINDING_UNREADABLE 14
+/** A guest offset that is none: the finding has to do with no guest offset. */
+#define QCOW2_NO_OFFSET UINT64_MAX
+
+/**
+ * One thing that is wrong, as told to the function of qcow2_opts_set_finding(). The library makes this struct; it may
+ * grow at its end.
+ */
+typedef struct qcow2_finding {
+    /** Offset in the image file: of the entry that is wrong, or of the cluster whose count is. */
+    uint64_t host_offset;
+    /** Guest offset that goes with it, or QCOW2_NO_OFFSET. */
+    uint64_t guest_offset;
+    /** What is stored there: an entry, a count. */
+    uint64_t value;
+    /** Of counts: how many references there are; else 0. */
+    uint64_t references;
+    /** Of counts: for how many clusters in a row this is true; else how often the structure is referred to. */
+    uint64_t clusters;
+    /** A QCOW2_FINDING_ number; there may be more of them in later versions. */
+    uint32_t kind;
+    /** Zero. */
+    uint32_t reserved;
+    /** All of that in words; valid during the call. */
+    const char *text;
+} qcow2_finding;
+
+/**
+ * Told of each finding of a check.
+ *
+ * user:    the pointer given with the function
+ * finding: what is wrong; valid during the call. A later version of the library may append members
+ */
+typedef void (*qcow2_finding_fn)(void *user, const struct qcow2_finding *finding);
+
+/** What a check found. After a repair: what is left, and how much was put right. */
+typedef struct qcow2_check_result {
+    /** Things that are wrong and can lose data. */
+    uint64_t corruptions;
+    /** Clusters that are counted more often than they are used: space is lost. */
+    uint64_t leaks;
+    /** Structures that could not be checked. With any of them, a repair changes nothing. */
+    uint64_t check_errors;
+    /** Corruptions that were put right. */
+    uint64_t corruptions_fixed;
+    /** Leaks that were put right. */
+    uint64_t leaks_fixed;
+    /** Clusters of the guest disk. */
+    uint64_t total_clusters;
+    /** Those that are allocated. */
+    uint64_t allocated_clusters;
+    /** Allocated ones that do not follow the one before in the file; all compressed ones. */
+    uint64_t fragmented_clusters;
+    /** Compressed ones. */
+    uint64_t compressed_clusters;
+    /** End of the last cluster that is used or counted, in bytes. */
+    uint64_t image_end_offset;
+} qcow2_check_result;
+
+/**
+ * Lets the caller see what a check finds, one thing at a time and in no particular order. A repair tells what its first
+ * look has found; what it leaves is in the result.
+ *
+ * opts:    the options
+ * finding: the function; NULL takes an earlier one away. Called during the check only, in its thread; it must not call
+ *          into the image
+ * user:    passed to it
+ * destroy: called once with user when the options are freed or get another function; NULL if there is nothing to do.
+ *          Called too when this call fails
+ *
+ * Returns 0 or -EINVAL. One thread at a time. Since 0.1.
+ */
+int qcow2_opts_set_finding(qcow2_opts *opts,
+                           qcow2_finding_fn finding,
+                           void *user,
+                           qcow2_destroy_fn destroy);
+
+/**
+ * Checks the image in a file, and repairs it if that is asked for.
+ *
+ * path:     the file
+ * opts:     as told at the head of this section, or NULL for the defaults
+ * flags:    0 to look only; QCOW2_CHECK_FIX_LEAKS, QCOW2_CHECK_FIX_ALL
+ * out:      what was found, and what was put right
+ * out_size: sizeof(struct qcow2_check_result)
+ *
+ * An image is sound if corruptions and check_errors are 0; what the call returns only tells whether it could be
+ * checked. Memory is bounded by option "check_memory", whatever the file says: where it is short, the tables are read
+ * several times. With flags, the image is written to, in an order in which neither a power cut nor the progress
+ * function can make it worse; a repair that was ended is finished by the next one. What can only be guessed stays as
+ * it is and is still counted. When nothing is wrong any more, the dirty and the corrupt bit are cleared.
+ * Returns 0 or a negative errno: that of open(2) and of the reads and writes; -EINVAL not a qcow2 image, or a header
+ * that leads nowhere; -ENOTSUP incompatible features that nobody knows; -EBUSY somebody else uses the image;
+ * -ECANCELED the progress function ended the call; -EFBIG new refcount structures would not fit.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_check(const char *path,
+                const qcow2_opts *opts,
+                uint32_t flags,
+                struct qcow2_check_result *out,
+                size_t out_size);
+
+/**
+ * As qcow2_check(), for a file that the caller has opened: for reading, and for writing if it is to be repaired.
+ *
+ * fd:       the descriptor; it stays the caller's
+ * opts, flags, out, out_size: as in qcow2_check()
+ *
+ * Returns 0 or a negative errno, as qcow2_check(). Thread-safe. Since 0.1.
+ */
+int qcow2_check_fd(int fd,
+                   const qcow2_opts *opts,
+                   uint32_t flags,
+                   struct qcow2_check_result *out,
+                   size_t out_size);
+
+/**
+ * As qcow2_check(), for a storage of the caller, which must be able to write and flush if the image is to be repaired.
+ *
+ * storage:  where the image is; it stays the caller's
+ * opts, flags, out, out_size: as in qcow2_check()
+ *
+ * Returns 0 or a negative errno, as qcow2_check(), or what a callback of the storage returned. Thread-safe. Since 0.1.
+ */
+int qcow2_check_storage(qcow2_storage *storage,
+                        const qcow2_opts *opts,
+                        uint32_t flags,
+                        struct qcow2_check_result *out,
+                        size_t out_size);
 
 /* Queues ==========================================================================================
  *

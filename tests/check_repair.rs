@@ -74,19 +74,6 @@ fn sound_images_of_all_kinds_are_sound() {
     }
 }
 
-/// The image with some bytes replaced.
-fn damaged(sound: &[u8], damage: &images::Damage) -> Vec<u8> {
-    let mut bytes = sound.to_vec();
-    for (at, value) in &damage.writes {
-        let end = at + value.len();
-        if bytes.len() < end {
-            bytes.resize(end, 0);
-        }
-        bytes[*at..end].copy_from_slice(value);
-    }
-    bytes
-}
-
 /// What each sector reads, by QEMU; an image that it cannot read has no content.
 fn content(dir: &qemu::Dir, path: &str) -> Option<Vec<u8>> {
     let raw = dir.path("content.raw");
@@ -103,7 +90,7 @@ fn damaged_images_are_told_counted_and_repaired_as_by_qemu() {
         let sound = fs::read(&path).unwrap();
         for damage in images::damages(&sound, &recipe) {
             let what = format!("{}: {}", recipe.name, damage.name);
-            let bytes = damaged(&sound, &damage);
+            let bytes = images::damaged(&sound, &damage);
             fs::write(&path, &bytes).unwrap();
             cases += 1;
             let theirs = qemu_check(&path, None);
@@ -142,7 +129,7 @@ fn leaks_alone_are_repaired_alone() {
     let path = images::make(&dir, &recipe);
     let sound = fs::read(&path).unwrap();
     for damage in images::damages(&sound, &recipe).into_iter().filter(|damage| damage.differs.is_none()) {
-        let bytes = damaged(&sound, &damage);
+        let bytes = images::damaged(&sound, &damage);
         fs::write(&path, &bytes).unwrap();
         let (before, findings) = ours(&path, Repair::Nothing);
         let (after, _) = ours(&path, Repair::Leaks);
@@ -155,4 +142,60 @@ fn leaks_alone_are_repaired_alone() {
             assert!(after.corruptions <= before.corruptions, "{}: {before:?} {after:?}", damage.name);
         }
     }
+}
+
+/// An image that a killed QEMU left dirty: a reader and an inspector leave it alone, a writer repairs it first.
+#[test]
+fn an_image_that_was_left_dirty_is_repaired_when_it_is_opened_to_be_written() {
+    let Some(dir) = qemu::dir("check-dirty") else { return };
+    for options in ["lazy_refcounts=on", "lazy_refcounts=on,cluster_size=16k,extended_l2=on", "lazy_refcounts=on,cluster_size=512"] {
+        let path = dir.path("dirty.qcow2");
+        qemu::img(&["create", "-q", "-f", "qcow2", "-o", options, &path, "4M"]);
+        let killed = Command::new("qemu-io")
+            .args(["-f", "qcow2", "-c", "write -P 9 64k 300k", "-c", "flush", "-c", "abort", &path])
+            .output()
+            .unwrap();
+        assert!(!killed.status.success());
+        let bytes = fs::read(&path).unwrap();
+        assert_eq!(bytes[79] & 1, 1, "{options}: not left dirty");
+        let (before, _) = ours(&path, Repair::Nothing);
+        assert!(before.corruptions > 0, "{options}: {before:?}");
+        assert_agrees(&before, &qemu_check(&path, None).unwrap(), &[], options);
+
+        let mut found = vec![0; 300 << 10];
+        for (read_only, inspect) in [(true, false), (false, true)] {
+            let how = OpenOptions { read_only, inspect, ..OpenOptions::default() };
+            let image = qcow2::Image::open(path.as_ref(), &how).unwrap();
+            assert!(image.info().dirty);
+            assert!(inspect || image.pread(&mut found, 64 << 10).is_ok());
+            image.close().unwrap();
+        }
+        assert_eq!(fs::read(&path).unwrap(), bytes, "{options}: reading has written");
+
+        let image = qcow2::Image::open(path.as_ref(), &OpenOptions::default()).unwrap();
+        image.pread(&mut found, 64 << 10).unwrap();
+        assert!(found.iter().all(|byte| *byte == 9) && !image.info().dirty);
+        image.pwrite(&[8; 4096], 1 << 20).unwrap();
+        image.close().unwrap();
+        qemu::check(&path, false);
+        qemu::io(&path, &["read -q -P 9 64k 300k", "read -q -P 8 1M 4k"]);
+    }
+}
+
+/// What is left of a corruption keeps a dirty image from being written: counts may be right, the entry is not.
+#[test]
+fn a_dirty_image_that_cannot_be_repaired_is_not_opened_to_be_written() {
+    let Some(dir) = qemu::dir("check-dirty-corrupt") else { return };
+    let recipe = images::recipes().into_iter().next().unwrap();
+    let path = images::make(&dir, &recipe);
+    let sound = fs::read(&path).unwrap();
+    let damages = images::damages(&sound, &recipe);
+    let damage = damages.iter().find(|damage| damage.name == "data is not aligned").unwrap();
+    let mut bytes = images::damaged(&sound, damage);
+    bytes[79] |= 1;
+    fs::write(&path, &bytes).unwrap();
+    let refused = qcow2::Image::open(path.as_ref(), &OpenOptions::default()).err();
+    assert_eq!(refused, Some(qcow2::Error::NeedsRepair));
+    assert_eq!(fs::read(&path).unwrap()[79] & 1, 1, "still dirty");
+    qcow2::Image::open(path.as_ref(), &OpenOptions { read_only: true, ..OpenOptions::default() }).unwrap();
 }

@@ -44,7 +44,12 @@ fn open(bytes: &[u8]) -> Result<Header> {
     for (read_only, inspect) in [(false, false), (true, false), (false, true)] {
         let base: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
         let options = OpenOptions { read_only, inspect, backing_storages: vec![base], ..Default::default() };
-        let opened = Image::open_storage(storage.clone(), &options);
+        // An open for writing repairs a dirty image.
+        let is_dirty = result.as_ref().is_ok_and(|header| header.incompatible & 1 != 0);
+        let opened = match is_dirty && !read_only && !inspect {
+            true => Image::open_storage(Arc::new(MemoryStorage::new(bytes.to_vec())), &options),
+            false => Image::open_storage(storage.clone(), &options),
+        };
         let expected = if inspect { loaded.as_ref().err() } else { result.as_ref().err() };
         match (opened, expected) {
             (Err(found), Some(expected)) => assert_eq!(found, *expected, "read_only {read_only}, inspect {inspect}"),

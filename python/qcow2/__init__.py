@@ -10,7 +10,21 @@
 Offsets and lengths are in bytes. An image may be used by several threads at once; calls release the interpreter's lock.
 """
 
+from ._check import CheckResult, Finding, check
 from ._image import Extent, Image, create, has_feature, open, option_names, version
 from ._library import Code, QcowError
 
-__all__ = ["Code", "Extent", "Image", "QcowError", "create", "has_feature", "open", "option_names", "version"]
+__all__ = [
+    "CheckResult",
+    "Code",
+    "Extent",
+    "Finding",
+    "Image",
+    "QcowError",
+    "check",
+    "create",
+    "has_feature",
+    "open",
+    "option_names",
+    "version",
+]

@@ -35,6 +35,8 @@ class Code(enum.IntEnum):
     PANIC = 17
     LOCKED = 18
     BAD_SECRET = 19
+    CANCELLED = 20
+    QUEUE = 30
 
 
 class QcowError(OSError):
@@ -109,6 +111,42 @@ class COption(ctypes.Structure):
     ]
 
 
+class CCheckResult(ctypes.Structure):
+    """struct qcow2_check_result."""
+
+    _fields_ = [
+        ("corruptions", ctypes.c_uint64),
+        ("leaks", ctypes.c_uint64),
+        ("check_errors", ctypes.c_uint64),
+        ("corruptions_fixed", ctypes.c_uint64),
+        ("leaks_fixed", ctypes.c_uint64),
+        ("total_clusters", ctypes.c_uint64),
+        ("allocated_clusters", ctypes.c_uint64),
+        ("fragmented_clusters", ctypes.c_uint64),
+        ("compressed_clusters", ctypes.c_uint64),
+        ("image_end_offset", ctypes.c_uint64),
+    ]
+
+
+class CFinding(ctypes.Structure):
+    """struct qcow2_finding."""
+
+    _fields_ = [
+        ("host_offset", ctypes.c_uint64),
+        ("guest_offset", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("references", ctypes.c_uint64),
+        ("clusters", ctypes.c_uint64),
+        ("kind", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("text", ctypes.c_char_p),
+    ]
+
+
+#: Functions of the caller.
+FINDING_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(CFinding))
+PROGRESS_FN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
+
 _HANDLE = ctypes.c_void_p
 _OUT = ctypes.POINTER(ctypes.c_void_p)
 
@@ -136,6 +174,16 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qcow2_info_json": (ctypes.c_int, [_HANDLE, _OUT]),
     "qcow2_string_free": (None, [ctypes.c_void_p]),
     "qcow2_get_stats": (ctypes.c_int, [_HANDLE, ctypes.POINTER(CStats), ctypes.c_size_t]),
+    "qcow2_opts_set_finding": (ctypes.c_int, [_HANDLE, FINDING_FN, ctypes.c_void_p, ctypes.c_void_p]),
+    "qcow2_opts_set_progress": (ctypes.c_int, [_HANDLE, PROGRESS_FN, ctypes.c_void_p, ctypes.c_void_p]),
+    "qcow2_check": (
+        ctypes.c_int,
+        [ctypes.c_char_p, _HANDLE, ctypes.c_uint32, ctypes.POINTER(CCheckResult), ctypes.c_size_t],
+    ),
+    "qcow2_check_fd": (
+        ctypes.c_int,
+        [ctypes.c_int, _HANDLE, ctypes.c_uint32, ctypes.POINTER(CCheckResult), ctypes.c_size_t],
+    ),
     "qcow2_map": (
         ctypes.c_int,
         [

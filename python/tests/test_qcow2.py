@@ -303,6 +303,36 @@ class Errors(Case):
         self.assertEqual(qcow2.QcowError(5, "text", 12345).code, 12345)
 
 
+class Check(Case):
+    def test_a_check_finds_and_repairs(self) -> None:
+        path = self.disk
+        with self.image() as image:
+            image.write(b"x" * 65536, 0)
+        sound = qcow2.check(path)
+        self.assertTrue(sound.is_sound)
+        self.assertEqual((sound.leaks, sound.allocated_clusters, sound.total_clusters), (0, 1, 16))
+        with open(path, "r+b") as file:
+            file.seek(0x20000 + 2 * 5)
+            file.write(b"\0\3")
+        findings: list[qcow2.Finding] = []
+        result = qcow2.check(path, on_finding=findings.append)
+        self.assertEqual((result.leaks, result.corruptions), (1, 1))
+        self.assertEqual(sorted(finding.kind for finding in findings), [1, 4])
+        self.assertIn("refcount 3", findings[0].text)
+        with self.assertRaises(qcow2.QcowError) as caught:
+            qcow2.check(path, repair="all", on_progress=lambda done, total: True)
+        self.assertEqual(caught.exception.code, qcow2.Code.CANCELLED)
+        with self.assertRaises(ZeroDivisionError):
+            qcow2.check(path, on_progress=lambda done, total: 1 // 0)
+        fixed = qcow2.check(path, repair="all", check_memory="1M")
+        self.assertEqual((fixed.leaks, fixed.leaks_fixed, fixed.corruptions), (0, 1, 0))
+        file_descriptor = os.open(path, os.O_RDONLY)
+        self.assertTrue(qcow2.check(file_descriptor).is_sound)
+        os.close(file_descriptor)
+        with self.assertRaises(ValueError):
+            qcow2.check(path, repair="some")
+
+
 class Package(unittest.TestCase):
     def test_numbers_and_structs_are_those_of_the_header(self) -> None:
         text = HEADER.read_text()
@@ -313,6 +343,8 @@ class Package(unittest.TestCase):
             ("qcow2_stats", _library.CStats),
             ("qcow2_extent", _library.CExtent),
             ("qcow2_option", _library.COption),
+            ("qcow2_check_result", _library.CCheckResult),
+            ("qcow2_finding", _library.CFinding),
         ):
             body = re.search(rf"typedef struct {name} {{(.*?)\n}}", text, re.S).group(1)
             members = re.findall(r"^    [a-z][\w ]*?[ *](\w+)(?:\[\d+\])?;", body, re.M)

@@ -59,7 +59,7 @@ unsafe fn open_options(opts: *const qcow2_opts) -> Result<OpenOptions> {
 }
 
 /// A descriptor of our own for the file behind the caller's.
-fn duplicate(fd: c_int) -> Result<OwnedFd> {
+pub(super) fn duplicate(fd: c_int) -> Result<OwnedFd> {
     if fd < 0 {
         return Err(Error::ArgumentValue { name: "fd", value: fd.to_string(), expected: "an open file descriptor" });
     }

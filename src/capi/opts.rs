@@ -13,6 +13,7 @@ use libc::{c_char, c_int, c_void};
 
 use super::arguments::text;
 use super::boundary::{call, null};
+use super::check::{qcow2_finding, qcow2_finding_fn};
 use super::storage::{UserData, qcow2_storage, status, take};
 use super::structs::{self, AbiStruct};
 use crate::error::{Error, IoOp, Result};
@@ -26,6 +27,7 @@ pub struct qcow2_opts {
     pub(super) open: OpenOptions,
     pub(super) create: CreateOptions,
     progress: Option<Callback>,
+    finding: Option<FindingCallback>,
     /// Which keys were set: bit = index in [`OPTIONS`].
     set: u64,
 }
@@ -33,6 +35,12 @@ pub struct qcow2_opts {
 /// The caller's progress function.
 struct Callback {
     progress: unsafe extern "C" fn(user: *mut c_void, done: u64, total: u64) -> c_int,
+    data: UserData,
+}
+
+/// The caller's function for findings.
+struct FindingCallback {
+    finding: unsafe extern "C" fn(user: *mut c_void, finding: *const qcow2_finding),
     data: UserData,
 }
 
@@ -45,6 +53,8 @@ pub(super) enum Call {
     Open,
     /// Those that create one.
     Create,
+    /// Those that check one.
+    Check,
 }
 
 impl Call {
@@ -52,6 +62,7 @@ impl Call {
         match self {
             Self::Open => option.open,
             Self::Create => option.create,
+            Self::Check => ["locking", "check_memory"].contains(&option.key),
         }
     }
 
@@ -60,6 +71,8 @@ impl Call {
         let (here, there) = match self {
             Self::Open => ("opening an image", "creating one"),
             Self::Create => ("creating an image", "opening one"),
+            Self::Check if key == "resolver" || key == "storage" => ("checking an image", "opening one"),
+            Self::Check => ("checking an image", "opening or creating one"),
         };
         Error::OptionUnused { key: key.to_owned(), here, there }
     }
@@ -73,11 +86,30 @@ impl qcow2_opts {
             return Err(call.unused(option.key));
         }
         match call {
-            Call::Create if self.open.resolver.is_some() => Err(call.unused("resolver")),
-            Call::Create if !self.open.backing_storages.is_empty() => Err(call.unused("storage")),
+            Call::Create | Call::Check if self.open.resolver.is_some() => Err(call.unused("resolver")),
+            Call::Create | Call::Check if !self.open.backing_storages.is_empty() => Err(call.unused("storage")),
             Call::Open if self.progress.is_some() => Err(call.unused("progress")),
+            Call::Open | Call::Create if self.finding.is_some() => Err(call.unused("finding")),
             _ => Ok(()),
         }
+    }
+
+    /// Whether the caller wants to be told of findings.
+    pub(super) fn wants_findings(&self) -> bool {
+        self.finding.is_some()
+    }
+
+    /// Tells the caller of a finding.
+    pub(super) fn tell_finding(&self, finding: &qcow2_finding) {
+        if let Some(callback) = &self.finding {
+            // SAFETY: the caller's function with its own pointer, and a finding that lives through the call.
+            unsafe { (callback.finding)(callback.data.user, finding) }
+        }
+    }
+
+    /// Sets or takes away the function for findings.
+    pub(super) fn set_finding(&mut self, finding: qcow2_finding_fn, data: UserData) {
+        self.finding = finding.map(|finding| FindingCallback { finding, data });
     }
 
     /// Tells the caller how far a call has come; `true`: go on.
@@ -458,7 +490,7 @@ pub unsafe extern "C" fn qcow2_opts_set_log(
 /// Returns 0 to go on; anything else makes the call end with -ECANCELED, leaving a valid image.
 pub type qcow2_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, done: u64, total: u64) -> c_int>;
 
-/// Lets the caller watch a long call (a create or a resize with preallocation), and end it.
+/// Lets the caller watch a long call (a create or a resize with preallocation, a check), and end it.
 ///
 /// opts:     the options
 /// progress: the function; NULL takes an earlier one away. Called during the call only, in its thread; it must not call

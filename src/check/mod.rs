@@ -191,7 +191,7 @@ impl<'a, 'o, I: Io> Checker<'a, 'o, I> {
             areas: Vec::new(),
             sum: Sum::default(),
             done: 0,
-            to_do: 0,
+            to_do: 1,
             buffer: Vec::new(),
         };
         checker.refcounts = checker.read_refcount_table().await?;
@@ -201,8 +201,6 @@ impl<'a, 'o, I: Io> Checker<'a, 'o, I> {
     /// One look over everything: counts, compares, tells.
     async fn look(&mut self) -> Result<()> {
         self.sum = Sum::default();
-        self.done = 0;
-        self.to_do = 1;
         self.read_areas().await?;
         let mut from = Some(0);
         let mut plan = Plan { report: true, look: true, refcounts: true };

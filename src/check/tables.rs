@@ -9,6 +9,8 @@ use crate::error::Result;
 use crate::format::l2::{COPIED, L1_RESERVED, OFFSET_MASK};
 use crate::storage::Io;
 
+/// An L1 table is read in pieces of this size.
+const L1_PIECE_BYTES: u64 = 128 << 10;
 /// L2 tables further apart than this are read one by one.
 const GAP_BYTES: u64 = 4096;
 
@@ -69,7 +71,7 @@ impl TableList {
 impl<I: Io> Checker<'_, '_, I> {
     /// The entries of an L1 table that are not 0, in pieces: index and entry.
     pub(super) async fn l1_piece(&self, table: Area, from: u64, entries: &mut Vec<(u64, u64)>) -> Result<u64> {
-        let length = (table.bytes - from * 8).min(READ_BYTES as u64);
+        let length = (table.bytes - from * 8).min(L1_PIECE_BYTES);
         let mut bytes = vec![0; length as usize];
         self.read(&mut bytes, table.offset + from * 8).await?;
         entries.clear();
@@ -162,7 +164,7 @@ impl<I: Io> Checker<'_, '_, I> {
     }
 
     async fn scan_list(&mut self, counts: &mut Counts, list: &TableList, plan: Plan) -> Result<()> {
-        self.to_do = self.done + (list.tables.len() + self.refcounts.blocks()) as u64;
+        self.to_do = self.to_do.max(self.done + (list.tables.len() + self.refcounts.blocks()) as u64);
         let size = self.geometry.cluster_size_bytes();
         let mut bytes = std::mem::take(&mut self.buffer);
         let mut rest = &list.tables[..];

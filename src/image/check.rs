@@ -5,17 +5,43 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::backing::open_file;
-use super::load::load_header_leniently;
+use super::load::{load_header, load_header_leniently};
 use super::open::HeldLock;
-use super::options::{Locking, OpenOptions};
+use super::options::{Locking, LogLevel, OpenOptions};
 pub use crate::check::{
     CheckOptions, CheckResult, Finding, FindingKind, MEMORY_BYTES_DEFAULT, MEMORY_BYTES_MIN, Repair,
 };
 use crate::error::{Error, IoOp, Result};
+use crate::format::Header;
 use crate::storage::lock::LockMode;
 use crate::storage::{Blocking, Io, Storage};
 use crate::tables::file::HostFile;
 use crate::wait::block_on;
+
+/// Repairs an image that was left dirty, before it is opened for writing. The caller holds its lock, and nobody else
+/// may be writing: not with locks that are shared.
+pub(super) async fn repair_dirty<I: Io>(
+    io: &I,
+    storage: &Arc<dyn Storage>,
+    header: &Header,
+    open: &OpenOptions,
+) -> Result<Header> {
+    if open.locking == Locking::Shared {
+        return Err(Error::NeedsRepair);
+    }
+    let mut options = CheckOptions { repair: Repair::All, memory_bytes: open.check_memory, ..CheckOptions::default() };
+    let file = HostFile::new(Arc::clone(storage));
+    let result = crate::check::check(io, &file, header, &mut options).await?;
+    if let Some(log) = &open.log {
+        let (corruptions, leaks) = (result.corruptions_fixed, result.leaks_fixed);
+        let text = format!("the image was left dirty: {corruptions} corruptions and {leaks} leaks were put right");
+        log(LogLevel::Warning, &text);
+    }
+    match result.is_sound() {
+        true => load_header(io, &**storage).await,
+        false => Err(Error::NeedsRepair),
+    }
+}
 
 /// Checks the image in a file. Of `open`, only the locking and the log count.
 pub fn check(path: &Path, open: &OpenOptions, options: &mut CheckOptions<'_>) -> Result<CheckResult> {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use super::Image;
 use super::backing::{Folder, open_file};
 use super::chain::{Chain, Content, Layer};
+use super::check::repair_dirty;
 use super::load::load_header;
 use super::options::{
     BackingFormat, DetectZeroes, Discard, Locking, LogLevel, MissingFormat, OpenOptions, not_acceptable,
@@ -28,6 +29,14 @@ use crate::wait::{Claims, Helpers};
 enum Accepted {
     Qcow2 { name: String, file: HostFile, header: Box<Header> },
     Raw { name: String, file: HostFile, size_bytes: u64 },
+}
+
+impl Accepted {
+    /// The image itself.
+    fn image(storage: &Arc<dyn Storage>, header: &Header, options: &OpenOptions) -> Self {
+        let file = HostFile::new(Arc::clone(storage)).without_flush(options.cache.no_flush);
+        Self::Qcow2 { name: String::new(), file, header: Box::new(header.clone()) }
+    }
 }
 
 impl Image {
@@ -82,22 +91,21 @@ impl Image {
             }
             bits |= CORRUPT;
         }
-        if header.incompatible & INCOMPATIBLE_DIRTY != 0 && !read_only {
-            return Err(Error::NeedsRepair);
-        }
-        let header = match &options.snapshot {
+        let mut header = match &options.snapshot {
             Some(id_or_name) => root_named(io, &storage, &header, id_or_name).await?,
             None => header,
         };
         let layers = if options.inspect {
             Vec::new()
         } else {
-            let first = Accepted::Qcow2 {
-                name: String::new(),
-                file: HostFile::new(storage.clone()).without_flush(options.cache.no_flush),
-                header: Box::new(header.clone()),
-            };
-            load_tables(io, accept_chain(io, first, folder, options).await?, options).await?
+            let mut chain = accept_chain(io, Accepted::image(&storage, &header, options), folder, options).await?;
+            // Only now, when nothing but that keeps it from being opened.
+            if header.incompatible & INCOMPATIBLE_DIRTY != 0 && !read_only {
+                header = repair_dirty(io, &storage, &header, options).await?;
+                check_usable(&header, &*storage)?;
+                chain[0] = Accepted::image(&storage, &header, options);
+            }
+            load_tables(io, chain, options).await?
         };
         let mut image = Self::on(Chain { layers }, header, Some(Arc::new(held)), storage, bits);
         image.path = path;

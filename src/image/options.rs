@@ -6,6 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::check::MEMORY_BYTES_DEFAULT;
 use crate::error::{Error, Result};
 use crate::format::header::BACKING_NAME_MAX;
 use crate::format::{Compression, Geometry};
@@ -170,6 +171,8 @@ pub struct OpenOptions {
     pub l2_cache_size: u64,
     /// Bytes of refcount blocks kept in memory.
     pub refcount_cache_size: u64,
+    /// Bytes that the counters of a check may take, also that of a dirty image which is opened for writing.
+    pub check_memory: u64,
     /// Backing files given by the caller, nearest first.
     pub backing_storages: Vec<Arc<dyn Storage>>,
     /// Asked for every backing file that `backing_storages` does not give.
@@ -193,6 +196,7 @@ impl Default for OpenOptions {
             detect_zeroes: DetectZeroes::default(),
             l2_cache_size: 32 << 20,
             refcount_cache_size: 8 << 20,
+            check_memory: MEMORY_BYTES_DEFAULT,
             backing_storages: Vec::new(),
             resolver: None,
             log: None,
@@ -216,6 +220,7 @@ impl fmt::Debug for OpenOptions {
             .field("detect_zeroes", &self.detect_zeroes)
             .field("l2_cache_size", &self.l2_cache_size)
             .field("refcount_cache_size", &self.refcount_cache_size)
+            .field("check_memory", &self.check_memory)
             .field("backing_storages", &self.backing_storages.len())
             .field("resolver", &self.resolver.is_some())
             .field("log", &self.log.is_some())
@@ -287,6 +292,7 @@ impl OpenOptions {
             }
             "l2_cache_size" => self.l2_cache_size = parse_cache_size(key, value)?,
             "refcount_cache_size" => self.refcount_cache_size = parse_cache_size(key, value)?,
+            "check_memory" => self.check_memory = parse_cache_size(key, value)?,
             _ => return unknown(key, |o| o.open),
         }
         Ok(())
@@ -580,6 +586,7 @@ pub const OPTIONS: &[OptionInfo] = &[
         "make zero entries of zeroes that are written as data; unmap: and let go of their host clusters"),
     for_open("l2_cache_size", OptionKind::Size, "32M", "memory for L2 tables"),
     for_open("refcount_cache_size", OptionKind::Size, "8M", "memory for refcount blocks"),
+    for_open("check_memory", OptionKind::Size, "128M", "memory for the counters of a check, also of a dirty image opened to be written; at least 1M"),
     for_create("cluster_size", OptionKind::Size, "64k", "cluster size, a power of two from 512 to 2M"),
     for_create("extended_l2", OptionKind::Bool, "off", "32 subclusters per cluster (clusters of 16k and more)"),
     for_create("refcount_bits", OptionKind::Choice(&["1", "2", "4", "8", "16", "32", "64"]), "16", "width of refcounts"),

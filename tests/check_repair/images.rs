@@ -1,4 +1,5 @@
 //! Images of all kinds, and what can be wrong with one.
+#![allow(dead_code)] // each test file uses its own part
 
 use crate::qemu;
 
@@ -80,6 +81,19 @@ pub struct Damage {
     pub repairable: bool,
     /// Why QEMU tells it otherwise, if it does.
     pub differs: Option<&'static str>,
+}
+
+/// The image with some bytes replaced.
+pub fn damaged(sound: &[u8], damage: &Damage) -> Vec<u8> {
+    let mut bytes = sound.to_vec();
+    for (at, value) in &damage.writes {
+        let end = at + value.len();
+        if bytes.len() < end {
+            bytes.resize(end, 0);
+        }
+        bytes[*at..end].copy_from_slice(value);
+    }
+    bytes
 }
 
 /// Where the structures of a sound image are.

@@ -1,0 +1,154 @@
+//! D15: power cuts during a repair. Damaged images are repaired on a simulated disk; every state that a crash may leave
+//! is judged by a second reader of the format: no rule is broken that was not broken before, and the guest (and each
+//! snapshot) reads what it read. A sample is repaired again, which ends where the first repair would have.
+
+mod judge;
+mod qemu;
+
+#[path = "check_repair/images.rs"]
+mod images;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use judge::{Judge, Layout};
+use qcow2::OpenOptions;
+use qcow2::image::check::{CheckOptions, CheckResult, Repair, check_with};
+use qcow2::storage::memory::MemoryStorage;
+use qcow2::storage::sim::{CrashBudget, DiskImage, Rng, SimDisk};
+use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::wait::block_on;
+
+/// One state in this many is repaired again.
+const REPAIR_ONE_IN: u64 = 7;
+
+fn repair(storage: Arc<dyn Storage>) -> qcow2::Result<CheckResult> {
+    let mut options = CheckOptions { repair: Repair::All, memory_bytes: 1 << 20, ..CheckOptions::default() };
+    block_on(check_with(&Blocking, storage, "image", &OpenOptions::default(), &mut options))
+}
+
+/// The rules that an image breaks, each with its place, but without the counts that a repair changes on its way.
+fn broken(image: &DiskImage) -> BTreeSet<String> {
+    let verdict = Judge::default().judge(image);
+    verdict.violations.iter().map(|what| what.split(" has ").next().unwrap().to_owned()).collect()
+}
+
+type Content = Vec<Option<[u8; 512]>>;
+
+/// What each sector of each tree reads; `None` where the backing file shows, or nothing that can be read.
+fn content(image: &DiskImage) -> Content {
+    let layout = Layout::parse(image).unwrap();
+    let mut all = Vec::new();
+    for tree in 0..layout.trees.len() {
+        for sector in 0..layout.trees[tree].guest_size / 512 {
+            let mut found = [0; 512];
+            let read = layout.read(tree, sector, &mut found);
+            all.push(matches!(read, Ok(Some(()))).then_some(found));
+        }
+    }
+    all
+}
+
+/// A disk whose crash states are all judged after each call.
+struct Watched {
+    disk: SimDisk,
+    broken: BTreeSet<String>,
+    content: Content,
+    /// Corruptions that a whole repair leaves.
+    left: u64,
+    name: String,
+    seen: Mutex<(u64, u64)>, // states, and those repaired again
+}
+
+impl Watched {
+    fn look(&self) {
+        let mut seen = self.seen.lock().unwrap();
+        let mut rng = Rng::new(seen.0 + 1);
+        self.disk.crash_states(&mut rng, CrashBudget::default(), |image| {
+            seen.0 += 1;
+            let now = broken(image);
+            let new: Vec<_> = now.difference(&self.broken).collect();
+            assert!(new.is_empty(), "{}, state {}: worse than before: {new:?}", self.name, seen.0);
+            let kept = content(image).iter().zip(&self.content).all(|(now, before)| before.is_none() || now == before);
+            assert!(kept, "{}, state {}: the guest reads something else", self.name, seen.0);
+            if seen.0 % REPAIR_ONE_IN == 0 {
+                seen.1 += 1;
+                let again = Arc::new(MemoryStorage::new(image.to_file()));
+                let result = repair(again.clone()).unwrap();
+                let (what, found) = (&self.name, (result.corruptions, result.leaks, result.check_errors));
+                assert_eq!(found, (self.left, 0, 0), "{what}, state {}: {result:?}", seen.0);
+                let before = again.snapshot();
+                repair(again.clone()).unwrap();
+                assert_eq!(again.snapshot(), before, "{what}, state {}: a third repair has written", seen.0);
+            }
+        });
+    }
+}
+
+impl Storage for Watched {
+    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
+        self.disk.read(pieces, offset)
+    }
+    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
+        let result = self.disk.write(pieces, offset);
+        self.look();
+        result
+    }
+    fn flush(&self) -> io::Result<()> {
+        let result = self.disk.flush();
+        self.look();
+        result
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.disk.size()
+    }
+    fn truncate(&self, size: u64) -> io::Result<()> {
+        let result = self.disk.truncate(size);
+        self.look();
+        result
+    }
+}
+
+#[test]
+fn a_power_cut_during_a_repair_makes_nothing_worse() {
+    let Some(dir) = qemu::dir("check-crash") else { return };
+    let (mut cases, mut states, mut again) = (0, 0, 0);
+    // The judge knows no data files, and reads 64 KiB clusters too slowly to look at that many states.
+    let is_judged = |recipe: &images::Recipe| recipe.cluster < 16384 && !recipe.options.contains("data_file");
+    for recipe in images::recipes().into_iter().filter(is_judged) {
+        let sound = fs::read(images::make(&dir, &recipe)).unwrap();
+        for damage in images::damages(&sound, &recipe) {
+            // What the judge cannot even find its way through: tables that lie nowhere.
+            let is_lost = damage.name.starts_with("refcount table") || damage.name.contains("block is not aligned");
+            if is_lost || damage.name.contains("block past") || damage.name.contains("L1 entry past") {
+                continue;
+            }
+            let bytes = images::damaged(&sound, &damage);
+            let whole = Arc::new(MemoryStorage::new(bytes.clone()));
+            let left = repair(whole).unwrap().corruptions;
+            let start = DiskImage::new(bytes);
+            let watched = Arc::new(Watched {
+                broken: broken(&start),
+                content: content(&start),
+                disk: SimDisk::new(start),
+                left,
+                name: format!("{}: {}", recipe.name, damage.name),
+                seen: Mutex::default(),
+            });
+            let result = repair(watched.clone()).unwrap();
+            assert_eq!(result.corruptions, left, "{}", watched.name);
+            assert_eq!(
+                watched.disk.current().to_file(),
+                watched.disk.durable().to_file(),
+                "{}: not durable",
+                watched.name
+            );
+            let seen = *watched.seen.lock().unwrap();
+            (cases, states, again) = (cases + 1, states + seen.0, again + seen.1);
+        }
+    }
+    println!("{cases} repairs, {states} crash states, {again} of them repaired again");
+    assert!(cases > 150 && states > 3000 && again > 300, "{cases} {states} {again}");
+}
