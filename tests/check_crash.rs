@@ -73,7 +73,7 @@ impl Watched {
             assert!(new.is_empty(), "{}, state {}: worse than before: {new:?}", self.name, seen.0);
             let kept = content(image).iter().zip(&self.content).all(|(now, before)| before.is_none() || now == before);
             assert!(kept, "{}, state {}: the guest reads something else", self.name, seen.0);
-            if seen.0 % REPAIR_ONE_IN == 0 {
+            if seen.0.is_multiple_of(REPAIR_ONE_IN) {
                 seen.1 += 1;
                 let again = Arc::new(MemoryStorage::new(image.to_file()));
                 let result = repair(again.clone()).unwrap();

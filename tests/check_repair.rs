@@ -148,7 +148,9 @@ fn leaks_alone_are_repaired_alone() {
 #[test]
 fn an_image_that_was_left_dirty_is_repaired_when_it_is_opened_to_be_written() {
     let Some(dir) = qemu::dir("check-dirty") else { return };
-    for options in ["lazy_refcounts=on", "lazy_refcounts=on,cluster_size=16k,extended_l2=on", "lazy_refcounts=on,cluster_size=512"] {
+    for options in
+        ["lazy_refcounts=on", "lazy_refcounts=on,cluster_size=16k,extended_l2=on", "lazy_refcounts=on,cluster_size=512"]
+    {
         let path = dir.path("dirty.qcow2");
         qemu::img(&["create", "-q", "-f", "qcow2", "-o", options, &path, "4M"]);
         let killed = Command::new("qemu-io")
