@@ -148,6 +148,8 @@ int qcow2_has_feature(const char *name);
 #define QCOW2_ERR_BAD_SECRET 19
 /** The progress callback ended the call. */
 #define QCOW2_ERR_CANCELLED 20
+/** There is no such bitmap, or one too many, or it cannot be relied on. */
+#define QCOW2_ERR_BITMAP 24
 /** A queue is full, or has no such request to cancel. */
 #define QCOW2_ERR_QUEUE 30
 
@@ -847,6 +849,8 @@ int qcow2_probe(const void *buf,
 #define QCOW2_EXTENT_PRESENT (1 << 3)
 /** host_offset is meaningful ("offset" is there). */
 #define QCOW2_EXTENT_OFFSET_VALID (1 << 4)
+/** Of qcow2_bitmap_extents(): the range was changed since the bitmap was started. */
+#define QCOW2_EXTENT_DIRTY (1 << 5)
 
 /**
  * A range of the guest disk in which everything is of one kind. The size of this struct never changes: room to grow
@@ -891,6 +895,167 @@ int qcow2_map(qcow2_image *image,
               struct qcow2_extent *extents,
               size_t n_max,
               size_t *n);
+
+/* Bitmaps =========================================================================================
+ *
+ * Persistent dirty bitmaps: which parts of the disk were changed since a moment, kept in the image. What an incremental
+ * backup copies.
+ *
+ * A bitmap that is enabled records every change, from whatever thread and by whatever program that knows bitmaps. While
+ * a handle writes, its bitmaps are marked in use in the file; qcow2_close() stores them. A program that ends otherwise
+ * leaves them marked, and such a bitmap can only be removed: start a new one, and make a full backup.
+ *
+ * Functions that change bitmaps wait for the requests under way and hold up later ones, are done when they return, and
+ * survive a crash as a whole or not at all.
+ */
+
+/** For qcow2_bitmap_add(): the bitmap records nothing until it is enabled. */
+#define QCOW2_BITMAP_DISABLED (1 << 0)
+/** The bitmap records changes. */
+#define QCOW2_BITMAP_ENABLED (1 << 0)
+/** The bitmap is marked in use in the file: by this handle, or by one that has not closed it. */
+#define QCOW2_BITMAP_IN_USE (1 << 1)
+/** It was in use when a program ended without closing the image: it may lack changes, and can only be removed. */
+#define QCOW2_BITMAP_INCONSISTENT (1 << 2)
+/** This version of the library cannot use it: it is kept as it is, and can be removed. */
+#define QCOW2_BITMAP_UNUSABLE (1 << 3)
+
+/** Facts about a bitmap. Members may be appended in later versions. */
+typedef struct qcow2_bitmap {
+    /** Its name, with a NUL at its end. */
+    char name[1024];
+    /** Bytes of the disk that one bit stands for. */
+    uint64_t granularity_bytes;
+    /**
+     * QCOW2_BITMAP_ENABLED, QCOW2_BITMAP_IN_USE, QCOW2_BITMAP_INCONSISTENT, QCOW2_BITMAP_UNUSABLE; a program must ignore
+     * bits that it does not know.
+     */
+    uint32_t flags;
+    /** Zero. */
+    uint32_t reserved;
+} qcow2_bitmap;
+
+/**
+ * Describes one of the image's bitmaps; count index up from 0 until it fails.
+ *
+ * image:       the handle; it may have been opened with "inspect"
+ * index:       which, in the order of the file
+ * bitmap:      filled in
+ * bitmap_size: sizeof(struct qcow2_bitmap)
+ *
+ * Returns 0, -ENOENT past the last one, -EINVAL where the bitmaps of the image are malformed, or another negative errno,
+ * as qcow2_pread(). Thread-safe. Since 0.1.
+ */
+int qcow2_bitmap_describe(qcow2_image *image,
+                          size_t index,
+                          struct qcow2_bitmap *bitmap,
+                          size_t bitmap_size);
+
+/**
+ * Adds a bitmap in which nothing is dirty.
+ *
+ * image:             the handle, open for writing; version 3 of the format ("compat" 1.1)
+ * name:              1 to 1023 bytes of UTF-8, without control characters, that no other bitmap of the image has
+ * granularity_bytes: bytes of the disk that one bit stands for, a power of two from 512 to 2 GiB; 0 for the cluster
+ *                    size, but at least 4 KiB and at most 64 KiB
+ * flags:             0, or QCOW2_BITMAP_DISABLED
+ *
+ * Returns 0 or a negative errno: -EEXIST there is one of that name; -EINVAL wrong name, granularity or flags; -ENOTSUP
+ * the image cannot have it (version 2, or it would take more than 512 MiB); or as qcow2_pwrite(). Thread-safe. Since 0.1.
+ */
+int qcow2_bitmap_add(qcow2_image *image,
+                     const char *name,
+                     uint64_t granularity_bytes,
+                     uint32_t flags);
+
+/**
+ * Removes a bitmap, whatever state it is in.
+ *
+ * image: the handle, open for writing
+ * name:  the bitmap
+ *
+ * Returns 0 or a negative errno: -ENOENT there is none of that name; or as qcow2_pwrite(). Thread-safe. Since 0.1.
+ */
+int qcow2_bitmap_remove(qcow2_image *image,
+                        const char *name);
+
+/**
+ * Makes a bitmap start anew: nothing is dirty in it.
+ *
+ * image: the handle, open for writing
+ * name:  the bitmap
+ *
+ * Returns 0 or a negative errno: -ENOENT there is none of that name; -EINVAL it is inconsistent; or as qcow2_pwrite().
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_bitmap_clear(qcow2_image *image,
+                       const char *name);
+
+/**
+ * Lets a bitmap record changes from now on. It keeps what it says.
+ *
+ * image: the handle, open for writing
+ * name:  the bitmap
+ *
+ * Returns 0 or a negative errno, as qcow2_bitmap_clear(). Thread-safe. Since 0.1.
+ */
+int qcow2_bitmap_enable(qcow2_image *image, const char *name);
+
+/**
+ * Lets a bitmap record no more changes. It keeps what it says.
+ *
+ * image: the handle, open for writing
+ * name:  the bitmap
+ *
+ * Returns 0 or a negative errno, as qcow2_bitmap_clear(). Thread-safe. Since 0.1.
+ */
+int qcow2_bitmap_disable(qcow2_image *image, const char *name);
+
+/**
+ * Makes dirty in one bitmap what is dirty in another. Where their granularities differ, everything counts that a bit of
+ * either stands for.
+ *
+ * image: the handle, open for writing
+ * name:  the bitmap that is added to
+ * from:  the handle of the image that has the other bitmap; NULL, or image itself, for the same image. Another one has to
+ *        be of the same size, and may be open for reading
+ * other: the other bitmap
+ *
+ * Returns 0 or a negative errno: -ENOENT there is none of that name; -EINVAL one is inconsistent, or the sizes differ;
+ * or as qcow2_pwrite(). Thread-safe. Since 0.1.
+ */
+int qcow2_bitmap_merge(qcow2_image *image,
+                       const char *name,
+                       qcow2_image *from,
+                       const char *other);
+
+/**
+ * Lists what a bitmap says about a guest range: extents, in order and without gaps, that are dirty (QCOW2_EXTENT_DIRTY) or
+ * not; as long as they can be. What was written through this handle counts, although it is stored only when the
+ * handle is closed.
+ *
+ * image:   the handle
+ * name:    the bitmap
+ * offset:  guest offset in bytes
+ * length:  bytes; offset + length must not be past the end of the image
+ * flags:   0
+ * extents: where they go: room for n_max. Of each, start, length and flags are filled in, and the rest is zero
+ * n_max:   how many there is room for, 1 or more
+ * n:       how many were filled in; 0 only where length is 0, or on an error
+ *
+ * Where n comes back as n_max, the range may have more: call again from the end of the last extent. The first extent
+ * begins at offset and the last one ends with the range, also inside of what one bit stands for.
+ * Returns 0 or a negative errno: -ENOENT there is no bitmap of that name; -EINVAL it is inconsistent; or as
+ * qcow2_pread(). Thread-safe. Since 0.1.
+ */
+int qcow2_bitmap_extents(qcow2_image *image,
+                         const char *name,
+                         uint64_t offset,
+                         uint64_t length,
+                         uint32_t flags,
+                         qcow2_extent *extents,
+                         size_t n_max,
+                         size_t *n);
 
 /* Check and repair ================================================================================
  *

@@ -115,6 +115,30 @@ impl CorruptionKind {
     }
 }
 
+/// Why something could not be done with a bitmap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BitmapProblem {
+    /// There is none of that name.
+    Missing,
+    /// There is one of that name already.
+    Exists,
+    /// It was in use when its last user went without saving it.
+    Inconsistent,
+    /// It is well-formed, and this library cannot use it.
+    Unusable {
+        /// Why not.
+        why: &'static str,
+    },
+    /// Its table is malformed.
+    Damaged {
+        /// What is wrong.
+        what: &'static str,
+        /// The value found.
+        value: u64,
+    },
+}
+
 /// Everything that can go wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -172,6 +196,13 @@ pub enum Error {
     SnapshotInUse {
         /// The id or name by which it was to be deleted.
         wanted: String,
+    },
+    /// Something could not be done with a bitmap.
+    Bitmap {
+        /// Its name.
+        name: String,
+        /// Why.
+        problem: BitmapProblem,
     },
     /// The file does not start with the qcow2 magic.
     NotQcow2 {
@@ -368,10 +399,12 @@ pub enum ErrorCode {
     BadSecret = 19,
     /// [`Error::Cancelled`].
     Cancelled = 20,
-    /// [`Error::QueueFull`] and [`Error::NotCancelled`].
-    Queue = 30,
     /// [`Error::SnapshotMissing`] and [`Error::SnapshotInUse`].
     Snapshot = 23,
+    /// [`Error::Bitmap`].
+    Bitmap = 24,
+    /// [`Error::QueueFull`] and [`Error::NotCancelled`].
+    Queue = 30,
 }
 
 impl Error {
@@ -392,6 +425,7 @@ impl Error {
             Self::Corrupt(_) | Self::MarkedCorrupt => ErrorCode::Corrupt,
             Self::Header { .. } | Self::BitmapDirectory { .. } | Self::SnapshotTable { .. } => ErrorCode::BadHeader,
             Self::SnapshotMissing { .. } | Self::SnapshotInUse { .. } => ErrorCode::Snapshot,
+            Self::Bitmap { .. } => ErrorCode::Bitmap,
             Self::NotQcow2 { .. } => ErrorCode::NotQcow2,
             Self::Unsupported { .. } | Self::NoFallback => ErrorCode::Unsupported,
             Self::BackingDenied { .. } => ErrorCode::BackingDenied,
@@ -420,6 +454,12 @@ impl Error {
             Self::Corrupt(_) | Self::MarkedCorrupt | Self::Poisoned { .. } | Self::Panic { .. } => libc::EIO,
             Self::Header { .. } | Self::NotQcow2 { .. } | Self::OutOfRange { .. } => libc::EINVAL,
             Self::BitmapDirectory { .. } | Self::SnapshotTable { .. } => libc::EINVAL,
+            Self::Bitmap { problem, .. } => match problem {
+                BitmapProblem::Missing => libc::ENOENT,
+                BitmapProblem::Exists => libc::EEXIST,
+                BitmapProblem::Inconsistent | BitmapProblem::Damaged { .. } => libc::EINVAL,
+                BitmapProblem::Unusable { .. } => libc::ENOTSUP,
+            },
             Self::Argument { .. } | Self::UnknownOption { .. } | Self::OptionValue { .. } => libc::EINVAL,
             Self::ArgumentValue { .. } | Self::OptionUnused { .. } | Self::Path { .. } => libc::EINVAL,
             Self::Unsupported { .. } | Self::BackingFormat { .. } | Self::NoFallback => libc::ENOTSUP,
@@ -493,6 +533,16 @@ impl fmt::Display for Error {
             Self::SnapshotInUse { wanted } => {
                 write!(f, "snapshot '{wanted}' is open as a handle of its own; close that before deleting it")
             }
+            Self::Bitmap { name, problem } => match problem {
+                BitmapProblem::Missing => write!(f, "there is no bitmap '{name}'"),
+                BitmapProblem::Exists => write!(f, "bitmap '{name}' exists already"),
+                BitmapProblem::Inconsistent => write!(
+                    f,
+                    "bitmap '{name}' was in use and not saved, so that it may lack changes; all that can be done is to remove it"
+                ),
+                BitmapProblem::Unusable { why } => write!(f, "bitmap '{name}' cannot be used: {why}"),
+                BitmapProblem::Damaged { what, value } => write!(f, "bitmap '{name}' is damaged: {what} (0x{value:x})"),
+            },
             Self::NotQcow2 { magic } => write!(f, "not a qcow2 image: it starts with 0x{magic:08x} instead of 0x514649fb"),
             Self::Unsupported { feature } => write!(f, "the image needs a feature that is not supported: {feature}"),
             Self::BackingDenied { name, hint } => write!(f, "the image refers to backing file '{name}', which is not allowed: {hint}"),

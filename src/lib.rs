@@ -17,6 +17,7 @@
 //! `error` and `wait` are leaves. `docs/design.md` is the long form of this page.
 
 pub mod alloc;
+pub mod bitmap;
 #[cfg(feature = "capi")]
 pub mod capi;
 pub mod check;

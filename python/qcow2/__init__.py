@@ -11,12 +11,14 @@ Offsets and lengths are in bytes. An image may be used by several threads at onc
 """
 
 from ._check import CheckResult, Finding, check
-from ._image import Extent, Image, create, has_feature, open, option_names, version
+from ._image import Bitmap, DirtyExtent, Extent, Image, create, has_feature, open, option_names, version
 from ._library import Code, QcowError
 
 __all__ = [
+    "Bitmap",
     "CheckResult",
     "Code",
+    "DirtyExtent",
     "Extent",
     "Finding",
     "Image",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Union
 
-from ._library import CExtent, CInfo, COption, CStats, check, lib
+from ._library import CBitmap, CExtent, CInfo, Code, COption, CStats, QcowError, check, lib
 
 #: Values of options: text as in qemu-img, numbers, and booleans for on and off.
 OptionValue = Union[str, int, bool]
@@ -23,7 +23,9 @@ _WRITE_COMPRESSED = 8
 _MAY_UNMAP = 2
 _NO_FALLBACK = 4
 _EXTENTS_A_CALL = 256
-_DATA, _ZERO, _COMPRESSED, _PRESENT, _OFFSET_VALID = (1 << bit for bit in range(5))
+_DATA, _ZERO, _COMPRESSED, _PRESENT, _OFFSET_VALID, _DIRTY = (1 << bit for bit in range(6))
+_ENABLED, _IN_USE, _INCONSISTENT, _UNUSABLE = (1 << bit for bit in range(4))
+_DISABLED = 1
 
 
 def version() -> str:
@@ -87,6 +89,27 @@ class Extent:
     data: bool
     compressed: bool
     offset: int | None
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """A persistent dirty bitmap."""
+
+    name: str
+    granularity: int
+    enabled: bool
+    in_use: bool
+    inconsistent: bool
+    unusable: bool
+
+
+@dataclass(frozen=True)
+class DirtyExtent:
+    """A range of the guest disk of which a bitmap says that it was changed, or that it was not."""
+
+    start: int
+    length: int
+    dirty: bool
 
 
 class Image:
@@ -238,6 +261,76 @@ class Image:
                 yield _extent(extent)
                 offset = extent.start + extent.length
 
+    def bitmaps(self) -> list[Bitmap]:
+        """The persistent dirty bitmaps of the image."""
+        found: list[Bitmap] = []
+        bitmap = CBitmap()
+        while True:
+            try:
+                self._call(lib.qcow2_bitmap_describe, len(found), ctypes.byref(bitmap), ctypes.sizeof(bitmap))
+            except QcowError as error:
+                if error.code != Code.BITMAP:
+                    raise
+                return found
+            flags = bitmap.flags
+            found.append(
+                Bitmap(
+                    name=bitmap.name.decode(),
+                    granularity=bitmap.granularity_bytes,
+                    enabled=bool(flags & _ENABLED),
+                    in_use=bool(flags & _IN_USE),
+                    inconsistent=bool(flags & _INCONSISTENT),
+                    unusable=bool(flags & _UNUSABLE),
+                )
+            )
+
+    def add_bitmap(self, name: str, granularity: int = 0, *, disabled: bool = False) -> None:
+        """Adds a bitmap, which records changes from now on unless it is ``disabled``."""
+        self._call(lib.qcow2_bitmap_add, _name(name), _u64("granularity", granularity), _DISABLED * disabled)
+
+    def remove_bitmap(self, name: str) -> None:
+        """Removes a bitmap, whatever state it is in."""
+        self._call(lib.qcow2_bitmap_remove, _name(name))
+
+    def clear_bitmap(self, name: str) -> None:
+        """Makes a bitmap start anew."""
+        self._call(lib.qcow2_bitmap_clear, _name(name))
+
+    def enable_bitmap(self, name: str) -> None:
+        """Lets a bitmap record changes from now on."""
+        self._call(lib.qcow2_bitmap_enable, _name(name))
+
+    def disable_bitmap(self, name: str) -> None:
+        """Lets a bitmap record no more changes."""
+        self._call(lib.qcow2_bitmap_disable, _name(name))
+
+    def merge_bitmap(self, name: str, other: str, image: Image | None = None) -> None:
+        """Adds to a bitmap what the bitmap ``other`` says, of this image or of another ``image`` of the same size."""
+        if image is None or image is self:
+            self._call(lib.qcow2_bitmap_merge, _name(name), None, _name(other))
+            return
+        image._call(lambda handle: self._call(lib.qcow2_bitmap_merge, _name(name), handle, _name(other)))
+
+    def bitmap_extents(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[DirtyExtent]:
+        """What a bitmap says about a range (by default the whole disk), written and not yet stored included."""
+        end = self.size if length is None else offset + length
+        extents = (CExtent * _EXTENTS_A_CALL)()
+        count = ctypes.c_size_t()
+        while offset < end:
+            self._call(
+                lib.qcow2_bitmap_extents,
+                _name(name),
+                _offset(offset),
+                end - offset,
+                0,
+                extents,
+                _EXTENTS_A_CALL,
+                ctypes.byref(count),
+            )
+            for extent in extents[: count.value]:
+                yield DirtyExtent(extent.start, extent.length, bool(extent.flags & _DIRTY))
+                offset = extent.start + extent.length
+
     def info(self) -> dict[str, Any]:
         """Facts about the image, with the keys of ``qemu-img info --output=json``."""
         text = ctypes.c_void_p()
@@ -265,6 +358,12 @@ class Image:
 def open(path: PathLike | int, **options: OptionValue) -> Image:  # as gzip.open: the module is its namespace
     """Opens an image: the same as :class:`Image`, by the name that one looks for first."""
     return Image(path, **options)
+
+
+def _name(name: str) -> bytes:
+    if "\0" in name:
+        raise ValueError("a name must not contain a zero character")
+    return name.encode()
 
 
 def _offset(offset: int) -> int:

@@ -36,6 +36,7 @@ class Code(enum.IntEnum):
     LOCKED = 18
     BAD_SECRET = 19
     CANCELLED = 20
+    BITMAP = 24
     QUEUE = 30
 
 
@@ -95,6 +96,17 @@ class CExtent(ctypes.Structure):
         ("depth", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
         ("reserved", ctypes.c_uint64 * 4),
+    ]
+
+
+class CBitmap(ctypes.Structure):
+    """struct qcow2_bitmap."""
+
+    _fields_ = [
+        ("name", ctypes.c_char * 1024),
+        ("granularity_bytes", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
     ]
 
 
@@ -183,6 +195,29 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qcow2_check_fd": (
         ctypes.c_int,
         [ctypes.c_int, _HANDLE, ctypes.c_uint32, ctypes.POINTER(CCheckResult), ctypes.c_size_t],
+    ),
+    "qcow2_bitmap_describe": (
+        ctypes.c_int,
+        [_HANDLE, ctypes.c_size_t, ctypes.POINTER(CBitmap), ctypes.c_size_t],
+    ),
+    "qcow2_bitmap_add": (ctypes.c_int, [_HANDLE, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint32]),
+    "qcow2_bitmap_remove": (ctypes.c_int, [_HANDLE, ctypes.c_char_p]),
+    "qcow2_bitmap_clear": (ctypes.c_int, [_HANDLE, ctypes.c_char_p]),
+    "qcow2_bitmap_enable": (ctypes.c_int, [_HANDLE, ctypes.c_char_p]),
+    "qcow2_bitmap_disable": (ctypes.c_int, [_HANDLE, ctypes.c_char_p]),
+    "qcow2_bitmap_merge": (ctypes.c_int, [_HANDLE, ctypes.c_char_p, _HANDLE, ctypes.c_char_p]),
+    "qcow2_bitmap_extents": (
+        ctypes.c_int,
+        [
+            _HANDLE,
+            ctypes.c_char_p,
+            ctypes.c_uint64,
+            ctypes.c_uint64,
+            ctypes.c_uint32,
+            ctypes.POINTER(CExtent),
+            ctypes.c_size_t,
+            ctypes.POINTER(ctypes.c_size_t),
+        ],
     ),
     "qcow2_map": (
         ctypes.c_int,

@@ -206,6 +206,37 @@ class Facts(Case):
         self.assertEqual(list(image.map(65536, 512))[0].length, 512)
         self.assertEqual(list(image.map(512, 0)), [])
 
+    def test_bitmaps(self) -> None:
+        image = self.image(8 << 20)
+        image.add_bitmap("b", 4096)
+        image.add_bitmap("off", disabled=True)
+        image.write(b"x", 10000)
+        on = qcow2.Bitmap("b", 4096, enabled=True, in_use=True, inconsistent=False, unusable=False)
+        off = qcow2.Bitmap("off", 65536, enabled=False, in_use=False, inconsistent=False, unusable=False)
+        self.assertEqual(image.bitmaps(), [on, off])
+        dirty = [(e.start, e.length) for e in image.bitmap_extents("b") if e.dirty]
+        self.assertEqual(dirty, [(8192, 4096)])
+        self.assertEqual(list(image.bitmap_extents("b", 8200, 8)), [qcow2.DirtyExtent(8200, 8, True)])
+        image.merge_bitmap("off", "b")
+        other_path = self.folder / "other.qcow2"
+        qcow2.create(other_path, 8 << 20)
+        with qcow2.Image(other_path) as other:
+            other.add_bitmap("c")
+            other.write(b"x", 1 << 20)
+            image.merge_bitmap("off", "c", other)
+        dirty = [(e.start, e.length) for e in image.bitmap_extents("off") if e.dirty]
+        self.assertEqual(dirty, [(0, 65536), (1 << 20, 65536)])
+        image.clear_bitmap("off")
+        image.enable_bitmap("off")
+        image.disable_bitmap("b")
+        self.assertEqual([b.enabled for b in image.bitmaps()], [False, True])
+        image.remove_bitmap("b")
+        with self.fails(qcow2.Code.BITMAP, errno.ENOENT, "no bitmap 'b'"):
+            image.remove_bitmap("b")
+        self.assertRaises(ValueError, image.add_bitmap, "a\0b")
+        self.assertRaises(ValueError, image.add_bitmap, "a", -1)
+        self.assertEqual([b.name for b in image.bitmaps()], ["off"])
+
     def test_map_over_many_calls(self) -> None:
         image = self.image(4 << 20, cluster_size=4096)
         for n in range(0, 1024, 2):
@@ -345,6 +376,7 @@ class Package(unittest.TestCase):
             ("qcow2_option", _library.COption),
             ("qcow2_check_result", _library.CCheckResult),
             ("qcow2_finding", _library.CFinding),
+            ("qcow2_bitmap", _library.CBitmap),
         ):
             body = re.search(rf"typedef struct {name} {{(.*?)\n}}", text, re.S).group(1)
             members = re.findall(r"^    [a-z][\w ]*?[ *](\w+)(?:\[\d+\])?;", body, re.M)

@@ -52,6 +52,8 @@ pub const QCOW2_ERR_LOCKED: i32 = 18;
 pub const QCOW2_ERR_BAD_SECRET: i32 = 19;
 /// The progress callback ended the call.
 pub const QCOW2_ERR_CANCELLED: i32 = 20;
+/// There is no such bitmap, or one too many, or it cannot be relied on.
+pub const QCOW2_ERR_BITMAP: i32 = 24;
 
 /// A queue is full, or has no such request to cancel.
 pub const QCOW2_ERR_QUEUE: i32 = 30;
@@ -80,6 +82,7 @@ const _: () = {
     assert!(QCOW2_ERR_BAD_SECRET == ErrorCode::BadSecret as i32);
     assert!(QCOW2_ERR_QUEUE == ErrorCode::Queue as i32);
     assert!(QCOW2_ERR_CANCELLED == ErrorCode::Cancelled as i32);
+    assert!(QCOW2_ERR_BITMAP == ErrorCode::Bitmap as i32);
 };
 
 struct LastError {

@@ -25,6 +25,8 @@ pub const QCOW2_EXTENT_COMPRESSED: u32 = 1 << 2;
 pub const QCOW2_EXTENT_PRESENT: u32 = 1 << 3;
 /// host_offset is meaningful ("offset" is there).
 pub const QCOW2_EXTENT_OFFSET_VALID: u32 = 1 << 4;
+/// Of qcow2_bitmap_extents(): the range was changed since the bitmap was started.
+pub const QCOW2_EXTENT_DIRTY: u32 = 1 << 5;
 
 /// A range of the guest disk in which everything is of one kind. The size of this struct never changes: room to grow
 /// is in its reserved members.
@@ -62,6 +64,12 @@ impl qcow2_extent {
             flags: kind | offset,
             reserved: [0; 4],
         }
+    }
+
+    /// A range of which a bitmap says whether it is dirty.
+    pub(super) fn of_bitmap(start: u64, length: u64, dirty: bool) -> Self {
+        let flags = if dirty { QCOW2_EXTENT_DIRTY } else { 0 };
+        Self { start, length, host_offset: 0, depth: 0, flags, reserved: [0; 4] }
     }
 
     /// Takes in the extent that follows, if it is the same thing going on.

@@ -16,6 +16,7 @@ mod arguments;
 mod boundary;
 mod structs;
 
+pub mod bitmap;
 pub mod check;
 pub mod create;
 pub mod error;

@@ -22,8 +22,6 @@ pub const GRANULARITY_BITS_MAX: u32 = 31;
 
 /// A directory entry before its extra data, name and padding.
 const ENTRY_BYTES: usize = 24;
-/// Where its flags end: the last byte of the big-endian word has all the known ones.
-const FLAGS_LAST_BYTE: usize = 15;
 const FLAG_IN_USE: u32 = 1;
 const FLAG_AUTO: u32 = 2;
 const FLAG_EXTRA_DATA_COMPATIBLE: u32 = 4;
@@ -244,12 +242,6 @@ pub fn encode_directory(entries: &[BitmapEntry]) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(length as usize);
     entries.iter().for_each(|entry| entry.encode(&mut bytes));
     Ok(bytes)
-}
-
-/// What changes in the stored directory when a bitmap is marked in use: one byte, at this offset from the start of its
-/// entry, becomes this value. A single byte is written as a whole or not at all.
-pub fn mark_in_use(entry: &BitmapEntry) -> (usize, u8) {
-    (FLAGS_LAST_BYTE, (entry.flags() | FLAG_IN_USE) as u8)
 }
 
 #[cfg(test)]

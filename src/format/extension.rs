@@ -80,6 +80,18 @@ pub struct BitmapsPointer {
     pub directory_offset: u64,
 }
 
+impl BitmapsPointer {
+    /// As the data of the extension.
+    pub fn encode(self) -> Vec<u8> {
+        let mut data = Vec::with_capacity(24);
+        data.extend_from_slice(&self.count.to_be_bytes());
+        data.extend_from_slice(&[0; 4]);
+        data.extend_from_slice(&self.directory_bytes.to_be_bytes());
+        data.extend_from_slice(&self.directory_offset.to_be_bytes());
+        data
+    }
+}
+
 /// Reads the extension area that starts at `start` and ends at `end` at the latest (both inside `bytes`).
 pub(super) fn parse_all(bytes: &[u8], start: usize, end: usize) -> Result<Vec<Extension>> {
     let mut list: Vec<Extension> = Vec::new();

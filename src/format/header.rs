@@ -26,6 +26,8 @@ pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear bit 1: the external data file is a raw image by itself.
 pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 2;
+/// Autoclear bits of what this library keeps up to date.
+pub const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW;
 
 const INCOMPATIBLE_KNOWN: u64 = INCOMPATIBLE_DIRTY
     | INCOMPATIBLE_CORRUPT

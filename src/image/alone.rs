@@ -11,6 +11,7 @@
 //! Who wants the image alone closes them from the last to the first: flushes wait for no other request, and claims on
 //! clusters are never waited for by who has a pin, so no circle can close (M8).
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -19,7 +20,8 @@ use super::status::{ALONE, READ_ONLY};
 use crate::alloc::epoch::Pin;
 use crate::error::Result;
 use crate::format::header::OFFSET_SIZE;
-use crate::format::{Header, HostOffset};
+use crate::format::l2::COPIED;
+use crate::format::{Header, HostOffset, L1Index};
 use crate::image::options::LogLevel;
 use crate::storage::Io;
 use crate::tables::Tables;
@@ -97,6 +99,8 @@ impl Alone<'_> {
     ///
     /// The caller has made durable what the new roots refer to ([`Alone::flush`] does), and has nothing of the old
     /// tables waiting to be written. After an error the old roots are in force, or the handle writes no more.
+    ///
+    /// Bitmaps follow: what reads differently from now on is dirty in those that are enabled.
     pub(super) async fn switch_roots<I: Io>(
         &self,
         io: &I,
@@ -104,12 +108,47 @@ impl Alone<'_> {
         l1_entries: Option<&[u64]>,
     ) -> Result<()> {
         let image = self.image;
+        let mut new = (*image.header()).clone();
+        let old_size = new.size_bytes;
+        change(&mut new);
+        if !image.has_bitmaps() || (new.size_bytes == old_size && l1_entries.is_none()) {
+            return self.write_new_roots(io, new, l1_entries).await;
+        }
+        let changed = self.ranges_that_change(new.size_bytes, l1_entries);
+        image.suspend_bitmaps(io).await?;
+        let switched = self.write_new_roots(io, new, l1_entries).await;
+        let changed = if switched.is_ok() { &changed[..] } else { &[] };
+        image.resume_bitmaps(io, changed).await;
+        switched
+    }
+
+    /// Guest ranges that may read differently under another size or L1 table: what a larger disk gains, and what other
+    /// L2 tables map. (A table that two states share has not changed since: whoever changes one makes it its own.)
+    fn ranges_that_change(&self, size: u64, l1_entries: Option<&[u64]>) -> Vec<Range<u64>> {
+        let tables = self.tables();
+        let (old_size, covers) = (tables.size_bytes(), tables.geometry.l2_table_covers_bytes());
+        let mut ranges = Vec::new();
+        if size > old_size {
+            ranges.push(old_size..size);
+        }
+        let Some(new) = l1_entries else { return ranges };
+        for index in 0..tables.geometry.l1_entries_for(size) {
+            let (old, new) = (tables.l1.get(L1Index(index)), new.get(index as usize).copied().unwrap_or(0));
+            if (old ^ new) & !COPIED != 0 {
+                ranges.push(index * covers..size.min((index + 1) * covers));
+            }
+        }
+        ranges
+    }
+
+    async fn write_new_roots<I: Io>(&self, io: &I, mut new: Header, l1_entries: Option<&[u64]>) -> Result<()> {
+        let image = self.image;
         let tables = self.tables();
         let _only_one = image.header_claims.claim(0..1).await;
         image.status.check_write()?;
         let old = image.header();
-        let mut new = (*old).clone();
-        change(&mut new);
+        // Bitmaps may have been stored meanwhile.
+        (new.extensions, new.autoclear) = (old.extensions.clone(), old.autoclear);
         // Where the refcount table is belongs to the passes; none is under way, and nothing waits for the next.
         let (at, clusters) = tables.refcounts.with(|state| state.root());
         new.refcount_table_offset = at;

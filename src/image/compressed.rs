@@ -150,7 +150,7 @@ impl Image {
         let tables = self.active();
         let geometry = tables.geometry;
         let end = batch.start.plus(batch.length);
-        let _claim = self.claim_clusters(batch.start, batch.length).await?;
+        let _claim = self.claim_clusters(io, batch.start, batch.length).await?;
         if geometry.in_cluster(end) != 0 && end.0 != self.size() {
             return Ok(false); // the image has grown: what follows in the last cluster is no longer nobody's
         }

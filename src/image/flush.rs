@@ -70,6 +70,9 @@ impl Image {
         let tables = self.active();
         tables.flush(io).await?;
         if before & CORRUPT == 0 {
+            if let Err(e) = self.store_bitmaps(io).await {
+                return Err(self.note_error(io, e).await);
+            }
             if let Err(e) = self.allocator.settle(io, tables, self.unmap).await {
                 return Err(self.note_error(io, e).await);
             }

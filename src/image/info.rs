@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::bitmaps::BitmapInfo;
 use crate::format::header::{
     AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, Encryption, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_DIRTY,
@@ -43,6 +44,8 @@ pub struct Info {
     pub data_file_raw: bool,
     /// Number of internal snapshots.
     pub snapshots: u32,
+    /// The bitmaps, where the image could be asked for them.
+    pub bitmaps: Vec<BitmapInfo>,
     /// Incompatible feature bits.
     pub incompatible: u64,
     /// Compatible feature bits.
@@ -77,6 +80,7 @@ impl Info {
             data_file: extension::data_file(&header.extensions).unwrap_or_default(),
             data_file_raw: header.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0,
             snapshots: header.snapshots,
+            bitmaps: Vec::new(),
             incompatible: header.incompatible,
             compatible: header.compatible,
             autoclear: header.autoclear,
@@ -99,8 +103,7 @@ impl Info {
     }
 
     /// What `qemu-img info --output=json` prints, with its keys in its order. `filename` is the name by which the
-    /// caller opened the image. Lists that are read from other places than the header (snapshots, bitmaps,
-    /// encryption slots) are not part of it.
+    /// caller opened the image. Lists of snapshots and encryption slots are not part of it.
     pub fn to_json(&self, filename: &str) -> String {
         let mut json = Json::default();
         json.object(None, |json| {
@@ -156,6 +159,11 @@ impl Info {
         if self.version >= 3 {
             json.bool("lazy-refcounts", self.lazy_refcounts);
         }
+        if !self.bitmaps.is_empty() {
+            json.array("bitmaps", |json| {
+                self.bitmaps.iter().for_each(|bitmap| json.object(None, |json| bitmap_entry(json, bitmap)));
+            });
+        }
         json.number("refcount-bits", self.refcount_bits.into());
         if self.version >= 3 {
             if self.external_data_file {
@@ -168,6 +176,18 @@ impl Info {
             json.bool("extended-l2", self.extended_l2);
         }
     }
+}
+
+fn bitmap_entry(json: &mut Json, bitmap: &BitmapInfo) {
+    json.array("flags", |json| {
+        for (flag, on) in [("in-use", bitmap.in_use), ("auto", bitmap.enabled)] {
+            if on {
+                json.text(flag);
+            }
+        }
+    });
+    json.string("name", &bitmap.name);
+    json.number("granularity", bitmap.granularity_bytes);
 }
 
 /// The backing file's name from where the caller is: relative to the folder of the image, unless it is absolute or
@@ -249,6 +269,16 @@ impl Json {
 
     fn string(&mut self, key: &str, value: &str) {
         self.item(Some(key));
+        self.quoted(value);
+    }
+
+    /// A string in an array.
+    fn text(&mut self, value: &str) {
+        self.item(None);
+        self.quoted(value);
+    }
+
+    fn quoted(&mut self, value: &str) {
         self.text.push('"');
         for c in value.chars() {
             self.character(c);

@@ -25,11 +25,13 @@ impl Image {
     /// Claims all clusters that a range touches: what two changes in flight may not share is the CLUSTER, however
     /// little of it they change (scenarios, section 0 and R).
     /// Whoever has them keeps out those who want to hold the image alone: its size and its L1 table stay.
-    pub(super) async fn claim_clusters(&self, at: GuestOffset, length: u64) -> Result<Claim<'_>> {
+    /// The range is noted in the bitmaps that are enabled.
+    pub(super) async fn claim_clusters<I: Io>(&self, io: &I, at: GuestOffset, length: u64) -> Result<Claim<'_>> {
         let geometry = self.active().geometry;
         let (first, last) = (geometry.guest_cluster(at), geometry.guest_cluster(at.plus(length - 1)));
         let claim = self.cluster_claims.claim(first.0..last.0 + 1).await;
         self.check_range(at, length)?; // the disk may have shrunk before the claim was had
+        self.record(io, at, length).await?;
         Ok(claim)
     }
 

@@ -6,6 +6,7 @@
 mod allocate;
 mod alone;
 pub mod backing;
+pub mod bitmaps;
 pub mod chain;
 pub mod check;
 mod compressed;
@@ -21,6 +22,7 @@ pub mod options;
 mod own;
 pub mod progress;
 mod read;
+mod rewrite;
 mod snapshot;
 pub mod status;
 pub mod write;
@@ -38,12 +40,14 @@ use crate::storage::{Blocking, IoDst, IoSrc, Storage};
 use crate::tables::Tables;
 use crate::wait::{Claims, Helpers, block_on, block_on_helping, lock};
 
+use bitmaps::Bitmaps;
 use chain::{Chain, Content};
 use open::HeldLock;
 use options::DetectZeroes;
 use snapshot::{OpenedSnapshot, OpenedSnapshots};
 use status::{CLOSED, CORRUPT, Counters, Status};
 
+pub use bitmaps::{BitmapExtent, BitmapInfo, BitmapOptions};
 pub use create::{create, create_reporting, create_with, create_with_reporting};
 pub use info::Info;
 pub use load::load_header;
@@ -78,6 +82,7 @@ pub struct Image {
     opened_snapshots: OpenedSnapshots,
     opened_as: Mutex<Option<OpenedSnapshot>>, // this handle is a snapshot of another
     counters: Counters,
+    bitmaps: Bitmaps,
     log: Option<Logger>,
 }
 
@@ -175,6 +180,8 @@ impl Image {
         let size = self.storage.size().unwrap_or(0);
         let mut info = Info::new(&self.header(), size, self.storage.allocated_bytes());
         info.corrupt |= self.status.any(CORRUPT);
+        // A directory that makes no sense is no reason to know nothing of the image.
+        info.bitmaps = self.bitmap_list().unwrap_or_default();
         info
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::Image;
 use super::backing::{Folder, open_file};
+use super::bitmaps::Bitmaps;
 use super::chain::{Chain, Content, Layer};
 use super::check::repair_dirty;
 use super::load::load_header;
@@ -13,12 +14,12 @@ use super::options::{
     BackingFormat, DetectZeroes, Discard, Locking, LogLevel, MissingFormat, OpenOptions, not_acceptable,
 };
 use super::snapshot::{OpenedSnapshots, root_named};
-use super::status::{CORRUPT, Counters, INSPECT, READ_ONLY, Status, UNTOUCHED};
+use super::status::{CORRUPT, Counters, INSPECT, READ_ONLY, RECORDING, Status, UNMARKED, UNTOUCHED};
 use crate::alloc::Allocator;
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::format::Header;
-use crate::format::header::{BackingName, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
+use crate::format::header::{AUTOCLEAR_BITMAPS, BackingName, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
 use crate::storage::lock::LockMode;
 use crate::storage::{Io, Storage};
 use crate::tables::Tables;
@@ -95,6 +96,9 @@ impl Image {
             Some(id_or_name) => root_named(io, &storage, &header, id_or_name).await?,
             None => header,
         };
+        if !read_only && header.autoclear & AUTOCLEAR_BITMAPS != 0 {
+            bits |= RECORDING | UNMARKED;
+        }
         let layers = if options.inspect {
             Vec::new()
         } else {
@@ -144,6 +148,7 @@ impl Image {
             opened_snapshots: OpenedSnapshots::default(),
             opened_as: Mutex::new(None),
             counters: Counters::default(),
+            bitmaps: Bitmaps::default(),
             log: None,
         }
     }

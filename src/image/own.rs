@@ -1,29 +1,34 @@
 //! Before the first change: the header may have to say so (O6), and an L2 table has to be ours to be changed.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::Image;
 use super::status::{CORRUPT, READ_ONLY, UNTOUCHED};
 use crate::error::{Corruption, CorruptionKind, Error, Result};
-use crate::format::header::{INCOMPATIBLE_CORRUPT, OFFSET_AUTOCLEAR, OFFSET_INCOMPATIBLE};
+use crate::format::header::{AUTOCLEAR_KNOWN, INCOMPATIBLE_CORRUPT, OFFSET_AUTOCLEAR, OFFSET_INCOMPATIBLE};
 use crate::format::l2::encode_l1;
 use crate::format::{HostOffset, L1Index, l2_table};
 use crate::image::options::LogLevel;
 use crate::storage::{Io, IoDst};
+use crate::wait::lock;
 
 impl Image {
-    /// Lets a write through, or says why not. The first write of a handle clears the autoclear bits: they vouch for
-    /// structures that this library does not keep up to date (spec, "autoclear_features").
+    /// Lets a write through, or says why not. The first write of a handle clears the autoclear bits that it does not
+    /// know: they vouch for structures that nobody keeps up to date now (spec, "autoclear_features").
     #[cold]
     pub(super) async fn prepare_write<I: Io>(&self, io: &I) -> Result<()> {
         self.status.check_write()?;
         let _only_one = self.header_claims.claim(0..1).await;
         self.status.check_write()?;
         if self.status.any(UNTOUCHED) {
-            if self.header().autoclear != 0 {
+            let mut header = (*self.header()).clone();
+            if header.autoclear & !AUTOCLEAR_KNOWN != 0 {
+                header.autoclear &= AUTOCLEAR_KNOWN;
                 let file = &self.active().file;
-                file.write_bytes(io, &[0; 8], HostOffset(OFFSET_AUTOCLEAR)).await?;
+                file.write_bytes(io, &header.autoclear.to_be_bytes(), HostOffset(OFFSET_AUTOCLEAR)).await?;
                 file.barrier(io).await?;
+                *lock(&self.header) = Arc::new(header);
             }
             self.status.clear(UNTOUCHED);
         }

@@ -21,6 +21,11 @@ pub const UNTOUCHED: u32 = 32;
 /// Somebody holds the image alone, or waits until everybody else has left (see `alone`).
 pub const ALONE: u32 = 64;
 
+/// Bitmaps are enabled: changes are noted in them (see `bitmaps`).
+pub const RECORDING: u32 = 128;
+/// Enabled bitmaps have to be marked in use before the next change.
+pub const UNMARKED: u32 = 256;
+
 /// State of a handle.
 pub struct Status {
     bits: AtomicU32,
@@ -42,7 +47,7 @@ impl Status {
     /// Whether a write may go ahead with no further question.
     #[inline]
     pub fn is_clear(&self) -> bool {
-        self.bits.load(Ordering::Acquire) == 0
+        self.bits.load(Ordering::Acquire) & !(RECORDING | UNMARKED) == 0
     }
 
     /// Sets bits; returns those that were set before.
@@ -67,9 +72,14 @@ impl Status {
         if self.any(CLOSED | INSPECT) { Err(self.refusal()) } else { Ok(()) }
     }
 
-    /// Refuses writes where they cannot be. [`UNTOUCHED`] and [`ALONE`] are no refusals.
+    /// Refuses a handle that is closed.
+    pub fn check_open(&self) -> Result<()> {
+        if self.any(CLOSED) { Err(self.refusal()) } else { Ok(()) }
+    }
+
+    /// Refuses writes where they cannot be. [`UNTOUCHED`], [`ALONE`] and what bitmaps need are no refusals.
     pub fn check_write(&self) -> Result<()> {
-        if self.any(!(UNTOUCHED | ALONE)) { Err(self.refusal()) } else { Ok(()) }
+        if self.any(!(UNTOUCHED | ALONE | RECORDING | UNMARKED)) { Err(self.refusal()) } else { Ok(()) }
     }
 
     #[cold]

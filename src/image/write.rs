@@ -96,6 +96,7 @@ impl Image {
             let _pin = self.enter().await;
             self.check_range(offset, length)?;
             if let Some(host) = tables.mapped(offset, length, true) {
+                self.record(io, offset, length).await?;
                 tables.file.write(io, pieces, host).await?;
                 return Ok(false);
             }
@@ -123,10 +124,12 @@ impl Image {
                     continue;
                 }
                 Found::Hit(Some((host, n))) if n == length => {
+                    self.record(io, at, n).await?;
                     tables.file.write(io, pieces, host).await?;
                     n
                 }
                 Found::Hit(Some((host, n))) => {
+                    self.record(io, at, n).await?;
                     tables.file.write(io, cursor.take(n).as_slice(), host).await?;
                     n
                 }
@@ -153,7 +156,7 @@ impl Image {
         length: u64,
     ) -> Result<()> {
         let tables = self.active();
-        let _claim = self.claim_clusters(at, length).await?;
+        let _claim = self.claim_clusters(io, at, length).await?;
         self.own_l2_table(io, tables.geometry.l1_index(at)).await?;
         let mut steps = plan_steps(io, tables, at, length).await?;
         // What is filled in where a cluster of our own was zeroed must not meet a transfer from before that.

@@ -96,7 +96,7 @@ impl Image {
     async fn zero_piece<I: Io>(&self, io: &I, at: GuestOffset, length: u64, flags: ZeroFlags) -> Result<Vec<Rest>> {
         let tables = self.active();
         let geometry = tables.geometry;
-        let _claim = self.claim_clusters(at, length).await?;
+        let _claim = self.claim_clusters(io, at, length).await?;
         self.own_l2_table(io, geometry.l1_index(at)).await?;
         let (mut changes, mut rest) = (Vec::new(), Vec::new());
         for (cluster_at, span) in self.clusters_of_piece(at, length) {
@@ -204,7 +204,7 @@ impl Image {
     async fn discard_piece<I: Io>(&self, io: &I, at: GuestOffset, length: u64) -> Result<()> {
         let tables = self.active();
         let geometry = tables.geometry;
-        let _claim = self.claim_clusters(at, length).await?;
+        let _claim = self.claim_clusters(io, at, length).await?;
         self.own_l2_table(io, geometry.l1_index(at)).await?;
         let mut changes = Vec::new();
         for (cluster_at, span) in self.clusters_of_piece(at, length) {

@@ -210,6 +210,11 @@ impl Tables {
         found.is_some_and(|index| index < 3 || !self.refcounts.has_moved())
     }
 
+    /// Whether one of these clusters is the header's, the L1, refcount or snapshot table's.
+    pub fn holds_metadata(&self, clusters: Range<u64>) -> bool {
+        self.refcounts.with(|state| state.overlaps_tables(&clusters))
+    }
+
     fn missing_tables(&self, first: L1Index, offset: GuestOffset, max: u64) -> Run {
         let covers = self.geometry.l2_table_covers_bytes();
         let mut length = covers - (offset.0 & (covers - 1));

@@ -283,7 +283,9 @@ impl RefcountState {
         self.overlaps_tables(&(cluster..cluster + 1))
     }
 
-    fn overlaps_tables(&self, run: &Range<u64>) -> bool {
+    /// Whether one of these clusters belongs to the header, the L1 table, the refcount table or the start of the snapshot
+    /// table.
+    pub fn overlaps_tables(&self, run: &Range<u64>) -> bool {
         let table = self.geometry.host_cluster(self.table_offset).0;
         let table = table..table + self.table_clusters;
         let mut ranges = self.fixed.iter().chain(&self.retired).chain(std::iter::once(&table));

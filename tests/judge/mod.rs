@@ -3,8 +3,10 @@
 //! would read (D7 and D8 are for the caller to judge).
 #![allow(dead_code)] // each test file uses its own part
 
+pub mod bitmaps;
 pub mod layout;
 
+pub use bitmaps::bitmaps;
 pub use layout::{Entry, Layout};
 
 use qcow2::storage::sim::DiskImage;
@@ -22,6 +24,9 @@ enum Role {
     L2Table,
     Data,
     Compressed,
+    BitmapDirectory,
+    BitmapTable,
+    BitmapData,
 }
 
 /// What the judge found.
@@ -102,6 +107,7 @@ impl Judge {
         for tree in 0..layout.trees.len() {
             self.walk_tree(layout, tree);
         }
+        self.walk_bitmaps(layout);
         self.compare_counts(layout, &blocks);
     }
 
@@ -155,6 +161,30 @@ impl Judge {
         }
         self.claim(offset / layout.cluster(), role, user, place);
         true
+    }
+
+    /// Bitmaps that count: those of an extension that is out of date refer to nothing.
+    fn walk_bitmaps(&mut self, layout: &Layout<'_>) {
+        let (directory, found) = match (bitmaps::directory(layout), bitmaps(layout)) {
+            (Ok(Some(directory)), Ok(found)) => (directory, found),
+            (Ok(_), Ok(_)) => return,
+            (Err(why), _) | (_, Err(why)) => return self.bad(format!("D10: {why}")),
+        };
+        self.area(layout, directory.0, directory.1, Role::BitmapDirectory, "bitmap directory");
+        for bitmap in &found {
+            let bytes = bitmap.table.len() as u64 * 8;
+            self.area(layout, bitmap.table_offset, bytes, Role::BitmapTable, "bitmap table");
+            for (index, &entry) in bitmap.table.iter().enumerate() {
+                let place = bitmap.table_offset + index as u64 * 8;
+                let offset = entry & 0x00ff_ffff_ffff_fe00;
+                if entry & 0xff00_0000_0000_01fe != 0 || offset != 0 && entry & 1 == 1 {
+                    self.bad(format!("D10: malformed bitmap table entry 0x{entry:x} at 0x{place:x}"));
+                }
+                if offset != 0 {
+                    self.pointer(layout, offset, Role::BitmapData, (AREAS, place), place);
+                }
+            }
+        }
     }
 
     fn walk_tree(&mut self, layout: &Layout<'_>, tree: usize) {

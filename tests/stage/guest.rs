@@ -103,6 +103,11 @@ impl Guest {
         &self.sectors[&sector].last().unwrap().content
     }
 
+    /// All that a sector may read.
+    pub fn possible(&self, sector: u64) -> impl Iterator<Item = Rc<[u8; SECTOR_BYTES]>> + '_ {
+        self.sectors[&sector].iter().map(|version| version.content.clone())
+    }
+
     /// A write is about to be sent. Bytes of a sector that it does not cover stay as in the newest value.
     pub fn issue(&mut self, offset: u64, data: &[u8]) -> Ticket {
         self.now += 1;

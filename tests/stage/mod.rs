@@ -4,7 +4,7 @@
 mod guest;
 mod images;
 
-pub use guest::{Guest, content_of, pattern, squeezable};
+pub use guest::{Guest, Ticket, content_of, pattern, squeezable};
 pub use images::{Case, Start, cases};
 
 use std::sync::Arc;

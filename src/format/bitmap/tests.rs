@@ -38,17 +38,6 @@ fn a_directory_is_what_it_was_encoded_from() {
 }
 
 #[test]
-fn marking_in_use_changes_one_byte_and_nothing_else() {
-    for auto in [false, true] {
-        let before = BitmapEntry { auto, ..entry("x") };
-        let mut bytes = encode_directory(std::slice::from_ref(&before)).unwrap();
-        let (at, byte) = mark_in_use(&before);
-        bytes[at] = byte;
-        assert_eq!(parse(&bytes, 1).unwrap(), [BitmapEntry { in_use: true, ..before }]);
-    }
-}
-
-#[test]
 fn what_is_wrong_with_an_entry_is_named() {
     let good = encode_directory(&[entry("one"), entry("two")]).unwrap();
     let with = |at: usize, value: &[u8]| {

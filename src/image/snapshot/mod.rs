@@ -11,7 +11,7 @@ mod tree;
 
 use crate::alloc::{Reservation, bulk};
 use crate::error::{Error, Result};
-use crate::format::header::{AUTOCLEAR_BITMAPS, Header, INCOMPATIBLE_DATA_FILE, SNAPSHOTS_MAX};
+use crate::format::header::{Header, INCOMPATIBLE_DATA_FILE, SNAPSHOTS_MAX};
 use crate::format::snapshot::{NAME_BYTES_MAX, encode_table, find, next_id};
 use crate::format::{HostOffset, Snapshot};
 use crate::image::Image;
@@ -109,11 +109,6 @@ impl Image {
 
     /// See [`Image::snapshot_apply`].
     pub async fn snapshot_apply_with<I: Io>(&self, io: &I, id_or_name: &str) -> Result<()> {
-        self.status.check_write()?;
-        if self.header().autoclear & AUTOCLEAR_BITMAPS != 0 {
-            let feature = "applying a snapshot to an image with persistent bitmaps, which do not follow it".into();
-            return Err(Error::Unsupported { feature });
-        }
         let alone = self.hold_for_snapshots(io).await?;
         let tables = alone.tables();
         let table = self.load_snapshots(io).await?;

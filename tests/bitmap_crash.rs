@@ -1,0 +1,517 @@
+//! D10 at every crash state: a bitmap is marked in use, or covers every change since it was started. Scripts of changes
+//! and operations on bitmaps run on a simulated disk; at every step the disks that a crash may leave are judged: their
+//! structure, what the guest reads, and each bitmap against what it has to cover. Then the same with every call of the
+//! storage failing in turn.
+//!
+//! What a bitmap has to cover is told by contents: a sector that reads as it did when the bitmap was started (or as it
+//! was left while the bitmap was disabled) need not be dirty, and any other must be.
+//!
+//! `BITMAP_CRASH_STATES` and `BITMAP_FAULT_RUNS` set how many states are judged and how many runs are made;
+//! `CRASH_SEED` and `CRASH_CASE` are those of the crash test.
+
+mod judge;
+mod qemu;
+mod stage;
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use judge::{Judge, Layout};
+use qcow2::format::GuestOffset;
+use qcow2::image::options::Discard;
+use qcow2::image::{BitmapOptions, Image, WriteFlags, ZeroFlags};
+use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, SECTOR_BYTES, Scheduler, SimDisk, SimIo, Task};
+use qcow2::storage::{Blocking, Io, IoSrc, Storage};
+use stage::{Case, Guest, Start, cases, judge_sample, options, pattern};
+
+type Content = Rc<[u8; SECTOR_BYTES]>;
+
+/// One bitmap: for each sector the contents that need no bit.
+#[derive(Debug, Clone)]
+struct Tracked {
+    enabled: bool,
+    unchanged: BTreeMap<u64, Vec<Content>>,
+}
+
+type Bitmaps = BTreeMap<String, Tracked>;
+
+/// What is known about the guest and its bitmaps.
+struct World {
+    guest: Guest,
+    /// What the bitmaps may be: several, while an operation is under way or if it has failed.
+    bitmaps: Vec<Bitmaps>,
+    touched: BTreeSet<u64>,
+    /// Sectors of which a change has failed: they hold the old or the new.
+    failed: BTreeSet<u64>,
+}
+
+impl World {
+    fn new(start: &Start, bitmaps: &Bitmaps) -> Self {
+        let (touched, failed) = (BTreeSet::new(), BTreeSet::new());
+        Self { guest: start.guest(), bitmaps: vec![bitmaps.clone()], touched, failed }
+    }
+
+    fn contents(&self) -> BTreeMap<u64, Vec<Content>> {
+        let contents = |sector| match self.failed.contains(&sector) {
+            true => self.guest.possible(sector).collect(),
+            false => vec![Rc::new(*self.guest.latest(sector))],
+        };
+        self.guest.sectors().map(|sector| (sector, contents(sector))).collect()
+    }
+
+    /// A change is about to be sent.
+    fn issue(&mut self, offset: u64, data: &[u8]) -> stage::Ticket {
+        let ticket = self.guest.issue(offset, data);
+        for sector in offset / 512..(offset + data.len() as u64).div_ceil(512) {
+            self.touched.insert(sector);
+            let content = Rc::new(*self.guest.latest(sector));
+            for tracked in self.bitmaps.iter_mut().flat_map(BTreeMap::values_mut).filter(|t| !t.enabled) {
+                tracked.unchanged.get_mut(&sector).unwrap().push(content.clone());
+            }
+        }
+        ticket
+    }
+
+    /// What is wrong with the bitmaps of a crash image.
+    fn judge(&self, image: &DiskImage) -> Option<String> {
+        let layout = Layout::parse(image).ok()?; // said by somebody else
+        let found = judge::bitmaps(&layout).ok()?;
+        let mut contents = BTreeMap::new();
+        for &sector in &self.touched {
+            let mut content = [0; SECTOR_BYTES];
+            if let Ok(Some(())) = layout.read(0, sector, &mut content) {
+                contents.insert(sector, content);
+            }
+        }
+        let mut wrong = None;
+        for candidate in &self.bitmaps {
+            let names: BTreeSet<&str> = candidate.keys().map(String::as_str).collect();
+            if names != found.iter().map(|bitmap| &bitmap.name[..]).collect() {
+                wrong = Some(format!("D10: there are bitmaps {:?}", found.iter().map(|b| &b.name).collect::<Vec<_>>()));
+                continue;
+            }
+            let missed = found.iter().filter(|bitmap| !bitmap.in_use).find_map(|bitmap| {
+                let tracked = &candidate[&bitmap.name];
+                if bitmap.auto != tracked.enabled {
+                    return Some(format!("D10: bitmap {} is enabled: {}", bitmap.name, bitmap.auto));
+                }
+                let uncovered = |(sector, content): (&u64, &[u8; SECTOR_BYTES])| {
+                    !tracked.unchanged[sector].iter().any(|old| **old == *content) && !bitmap.is_dirty(&layout, *sector)
+                };
+                let sector = contents.iter().find(|&entry| uncovered(entry))?.0;
+                Some(format!(
+                    "D10: bitmap {} is not in use, and does not cover the change of sector {sector}",
+                    bitmap.name
+                ))
+            });
+            match missed {
+                None => return None,
+                some => wrong = some,
+            }
+        }
+        wrong
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write { offset: u64, length: u64, fua: bool },
+    Zero { offset: u64, length: u64, unmap: bool },
+    Discard { offset: u64, length: u64 },
+    Flush,
+    Add { name: String, granularity: u64, disabled: bool },
+    Remove(String),
+    Clear(String),
+    Enable(String, bool),
+    Merge(String, String),
+}
+
+fn random_operation(rng: &mut Rng, there: &Bitmaps) -> Step {
+    let name = format!("b{}", rng.below(3));
+    if !there.contains_key(&name) {
+        return Step::Add { name, granularity: [0, 512, 4096, 65536][rng.below(4) as usize], disabled: rng.one_in(3) };
+    }
+    match rng.below(6) {
+        0 => Step::Remove(name),
+        1 => Step::Clear(name),
+        2 | 3 => {
+            let enabled = there[&name].enabled;
+            Step::Enable(name, !enabled)
+        }
+        _ => {
+            let from = there.keys().nth(rng.below(there.len() as u64) as usize).unwrap();
+            Step::Merge(name, from.clone())
+        }
+    }
+}
+
+fn random_change(rng: &mut Rng, start: &Start) -> Step {
+    let align = if rng.one_in(3) { 1 } else { 512 };
+    let (offset, length) = start.random_range(rng, align);
+    match rng.below(10) {
+        0 => Step::Flush,
+        1 => Step::Zero { offset, length, unmap: rng.one_in(2) },
+        2 => {
+            let (offset, length) = start.random_cluster(rng);
+            Step::Discard { offset, length }
+        }
+        _ => Step::Write { offset, length, fua: rng.one_in(8) },
+    }
+}
+
+/// What an operation makes of the bitmaps; `None` if it cannot be done with them.
+fn after(step: &Step, world: &World, bitmaps: &Bitmaps) -> Option<Bitmaps> {
+    let mut next = bitmaps.clone();
+    match step {
+        Step::Add { name, disabled, .. } => {
+            next.insert(name.clone(), Tracked { enabled: !disabled, unchanged: world.contents() });
+        }
+        Step::Remove(name) => drop(next.remove(name)),
+        Step::Clear(name) => next.get_mut(name)?.unchanged = world.contents(),
+        Step::Enable(name, on) => next.get_mut(name)?.enabled = *on,
+        Step::Merge(to, from) => {
+            let from = next.get(from)?.unchanged.clone();
+            for (sector, contents) in &mut next.get_mut(to)?.unchanged {
+                contents.retain(|content| from[sector].contains(content));
+            }
+        }
+        _ => {}
+    }
+    Some(next)
+}
+
+async fn perform<I: Io>(image: &Image, io: &I, world: &RefCell<World>, op: u64, step: Step) -> qcow2::Result<()> {
+    let sectors = match &step {
+        Step::Write { offset, length, .. } | Step::Zero { offset, length, .. } | Step::Discard { offset, length } => {
+            offset / 512..(offset + length).div_ceil(512)
+        }
+        _ => 0..0,
+    };
+    let result = try_to_perform(image, io, world, op, step).await;
+    if result.is_err() {
+        world.borrow_mut().failed.extend(sectors);
+    }
+    result
+}
+
+async fn try_to_perform<I: Io>(
+    image: &Image,
+    io: &I,
+    world: &RefCell<World>,
+    op: u64,
+    step: Step,
+) -> qcow2::Result<()> {
+    match step {
+        Step::Write { offset, length, fua } => {
+            let data = pattern(op, offset, length);
+            let ticket = world.borrow_mut().issue(offset, &data);
+            image
+                .write_with(
+                    io,
+                    &[IoSrc::from(&data[..])],
+                    GuestOffset(offset),
+                    WriteFlags { fua, ..WriteFlags::default() },
+                )
+                .await?;
+            match fua {
+                true => world.borrow_mut().guest.forced(&ticket),
+                false => world.borrow_mut().guest.complete(&ticket),
+            }
+        }
+        Step::Zero { offset, length, unmap } => {
+            let ticket = world.borrow_mut().issue(offset, &vec![0; length as usize]);
+            let flags = ZeroFlags { may_unmap: unmap, ..ZeroFlags::default() };
+            image.write_zeroes_with(io, GuestOffset(offset), length, flags).await?;
+            world.borrow_mut().guest.complete(&ticket);
+        }
+        Step::Discard { offset, length } => {
+            let ticket = world.borrow_mut().issue(offset, &vec![0; length as usize]);
+            image.discard_with(io, GuestOffset(offset), length).await?;
+            world.borrow_mut().guest.complete(&ticket);
+        }
+        Step::Flush => {
+            let began = world.borrow().guest.now();
+            image.flush_with(io).await?;
+            world.borrow_mut().guest.flushed(began);
+        }
+        operation => {
+            // Until it is done, the old bitmaps and the new ones will do. (What was acknowledged before is durable
+            // once the image is held, and nothing is written here meanwhile.)
+            let began = world.borrow().guest.now();
+            let before = world.borrow().bitmaps.len();
+            let next: Vec<Bitmaps> = {
+                let world = world.borrow();
+                world.bitmaps.iter().filter_map(|bitmaps| after(&operation, &world, bitmaps)).collect()
+            };
+            world.borrow_mut().bitmaps.extend(next);
+            operate(image, io, &operation).await?;
+            let mut world = world.borrow_mut();
+            world.bitmaps.drain(..before);
+            world.guest.flushed(began);
+        }
+    }
+    Ok(())
+}
+
+async fn operate<I: Io>(image: &Image, io: &I, operation: &Step) -> qcow2::Result<()> {
+    match operation {
+        Step::Add { name, granularity, disabled } => {
+            let options = BitmapOptions { granularity_bytes: *granularity, disabled: *disabled };
+            image.bitmap_add_with(io, name, options).await
+        }
+        Step::Remove(name) => image.bitmap_remove_with(io, name).await,
+        Step::Clear(name) => image.bitmap_clear_with(io, name).await,
+        Step::Enable(name, on) => image.bitmap_enable_with(io, name, *on).await,
+        Step::Merge(to, from) => image.bitmap_merge_with(io, to, None, from).await,
+        _ => unreachable!("the others are no operations on bitmaps"),
+    }
+}
+
+async fn open<I: Io>(io: &I, disk: &Arc<SimDisk>, start: &Start, cache: u64) -> qcow2::Result<Image> {
+    let storage: Arc<dyn Storage> = disk.clone();
+    let mut options = options(start, cache);
+    options.discard = Discard::Unmap;
+    Image::open_with(io, storage, &options).await
+}
+
+/// An image to start from, with what QEMU makes of bitmaps in it.
+fn make(case: &Case, dir: &qemu::Dir, with_bitmaps: bool) -> (Start, Bitmaps) {
+    let mut start = case.make(dir);
+    let path = dir.path("start.qcow2");
+    let mut bitmaps = Bitmaps::new();
+    if with_bitmaps {
+        qemu::img(&["bitmap", "--add", "-g", "4096", &path, "b0"]);
+        qemu::img(&["bitmap", "--add", "--disable", &path, "b1"]);
+        start.image = DiskImage::new(std::fs::read(&path).unwrap());
+        let world = World::new(&start, &bitmaps);
+        for (name, enabled) in [("b0", true), ("b1", false)] {
+            bitmaps.insert(name.into(), Tracked { enabled, unchanged: world.contents() });
+        }
+    }
+    (start, bitmaps)
+}
+
+fn bitmap_cases() -> Vec<Case> {
+    cases().into_iter().filter(|case| !case.options.contains("compat=0.10")).collect()
+}
+
+#[derive(Default)]
+struct Tally {
+    states: u64,
+    reopened: u64,
+    wrong: Vec<String>,
+}
+
+/// Judges all crash states of this moment.
+fn look(disk: &SimDisk, start: &Start, world: &World, rng: &mut Rng, judge: &mut Judge, tally: &mut Tally) {
+    let mut sampling = Rng::new(rng.next_u64());
+    let sparse = (start.hot_sectors.len() as u64 / 32).max(1);
+    tally.states += disk.crash_states(rng, CrashBudget { singles: 8, random: 5 }, |image| {
+        let mut wrong = judge_sample(judge, image, &world.guest, start, sampling.next_u64() >> 32, sparse);
+        wrong.extend(world.judge(image));
+        if wrong.is_empty() && sampling.one_in(60) {
+            tally.reopened += 1;
+            wrong.extend(reopen(judge, image, start, sampling.next_u64()));
+        }
+        if tally.wrong.len() < 4 {
+            tally.wrong.extend(wrong);
+        }
+    });
+}
+
+/// Opens a crash image, changes it and closes it: marks that a crash left stay, and the other bitmaps gain the change.
+fn reopen(judge: &mut Judge, image: &DiskImage, start: &Start, seed: u64) -> Vec<String> {
+    let layout = Layout::parse(image).unwrap();
+    let before = judge::bitmaps(&layout).unwrap();
+    let disk = Arc::new(SimDisk::new(image.clone()));
+    let again = qcow2::wait::block_on(open(&Blocking, &disk, start, 0)).unwrap();
+    let (offset, length) = start.random_range(&mut Rng::new(seed), 512);
+    again.pwrite(&pattern(800_000, offset, length), offset).unwrap();
+    again.close().unwrap();
+    let after_image = disk.durable();
+    let mut wrong = judge.judge(&after_image).violations;
+    let after_layout = Layout::parse(&after_image).unwrap();
+    let after = judge::bitmaps(&after_layout).unwrap();
+    for (before, after) in before.iter().zip(&after) {
+        if (&before.name, before.in_use, before.auto) != (&after.name, after.in_use, after.auto) {
+            wrong.push(format!("after reopen: {} was {before:?} and is {after:?}", before.name));
+            continue;
+        }
+        let mut expected: BTreeSet<u64> = before.dirty(&layout).into_iter().collect();
+        if before.auto && !before.in_use {
+            let g = before.granularity;
+            expected.extend((offset / g..=(offset + length - 1) / g).map(|n| n * g));
+        }
+        if expected != after.dirty(&after_layout).into_iter().collect() {
+            wrong.push(format!("after reopen: bitmap {} is not what it was and what was written", before.name));
+        }
+    }
+    wrong
+}
+
+fn run_script(start: &Start, bitmaps: &Bitmaps, seed: u64, tally: &mut Tally) {
+    let mut rng = Rng::new(seed);
+    let disk = Arc::new(SimDisk::new(start.image.clone()));
+    let io = SimIo::new(rng.next_u64(), 1, vec![disk.clone()]);
+    let world = RefCell::new(World::new(start, bitmaps));
+    let mut scheduler = Scheduler::new(rng.next_u64());
+    let (mut look_rng, mut judge, mut seen) = (Rng::new(rng.next_u64()), Judge::default(), u64::MAX);
+    let mut watch = |label: &dyn Fn() -> String, tally: &mut Tally| {
+        if std::mem::replace(&mut seen, disk.changes()) != disk.changes() {
+            let had = tally.wrong.len();
+            look(&disk, start, &world.borrow(), &mut look_rng, &mut judge, tally);
+            tally.wrong[had..].iter_mut().for_each(|wrong| *wrong = format!("seed {seed}, {}: {wrong}", label()));
+        }
+    };
+    let cache = if rng.one_in(3) { 4 * start.cluster.min(4096) } else { 0 };
+    let mut op = 1;
+    for session in 0..1 + rng.below(2) {
+        let image =
+            scheduler.run_one(open(&io, &disk, start, cache), || watch(&|| "open".into(), tally)).unwrap().unwrap();
+        for _ in 0..3 + rng.below(7) {
+            let steps = if rng.one_in(3) {
+                let there = world.borrow().bitmaps[0].clone();
+                vec![random_operation(&mut rng, &there)]
+            } else {
+                group(&mut rng, start)
+            };
+            let label = format!("session {session}, op {op}: {steps:?}");
+            let tasks = (0..)
+                .zip(steps)
+                .map(|(n, step)| Box::pin(perform(&image, &io, &world, op + n, step)) as Task<'_, qcow2::Result<()>>);
+            let results = scheduler.run(tasks.collect(), || watch(&|| label.clone(), tally));
+            for result in results.unwrap_or_else(|stuck| panic!("{label}: {stuck:?}")) {
+                result.unwrap_or_else(|why| panic!("seed {seed}, {label}: {why}"));
+            }
+            op += 4;
+            if !tally.wrong.is_empty() {
+                return;
+            }
+        }
+        let began = world.borrow().guest.now();
+        scheduler.run_one(image.close_with(&io), || watch(&|| "close".into(), tally)).unwrap().unwrap();
+        world.borrow_mut().guest.flushed(began);
+        let end = disk.durable();
+        assert_eq!(Judge::default().judge(&end).leaks, 0, "seed {seed}: leaks after a clean close");
+        let found = judge::bitmaps(&Layout::parse(&end).unwrap()).unwrap();
+        assert!(found.iter().all(|bitmap| !bitmap.in_use), "seed {seed}: closed, and marked in use: {found:?}");
+    }
+    watch(&|| "closed".into(), tally);
+}
+
+/// One change, or two at once that do not overlap.
+fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
+    let mut steps = vec![random_change(rng, start)];
+    if rng.one_in(3) {
+        let range = |step: &Step| match step {
+            Step::Write { offset, length, .. }
+            | Step::Zero { offset, length, .. }
+            | Step::Discard { offset, length } => offset / 512..(offset + length).div_ceil(512),
+            _ => 0..0,
+        };
+        let second = random_change(rng, start);
+        let (a, b) = (range(&steps[0]), range(&second));
+        if a.end <= b.start || b.end <= a.start {
+            steps.push(second);
+        }
+    }
+    steps
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+#[test]
+fn no_crash_leaves_a_bitmap_that_says_too_little() {
+    let Some(dir) = qemu::dir("bitmap-crash") else { return };
+    let wanted = std::env::var("CRASH_CASE").unwrap_or_default();
+    let cases: Vec<Case> = bitmap_cases().into_iter().filter(|case| case.name.contains(&wanted)).collect();
+    let share = number("BITMAP_CRASH_STATES", 40_000) / cases.len() as u64;
+    for case in &cases {
+        let mut tally = Tally::default();
+        let mut seed = number("CRASH_SEED", 1);
+        let starts = [make(case, &dir, false), make(case, &dir, true)];
+        while tally.states < share {
+            let (start, bitmaps) = &starts[seed as usize % 2];
+            run_script(start, bitmaps, seed, &mut tally);
+            assert!(tally.wrong.is_empty(), "{}: {:#?}", case.name, tally.wrong);
+            seed += 1;
+        }
+        println!("{:<40} {:>9} states, {:>5} opened again", case.name, tally.states, tally.reopened);
+    }
+}
+
+#[test]
+fn every_failing_call_leaves_bitmaps_marked_or_right() {
+    let Some(dir) = qemu::dir("bitmap-faults") else { return };
+    let cases = bitmap_cases();
+    let budget = number("BITMAP_FAULT_RUNS", 1_200) / cases.len() as u64;
+    for case in &cases {
+        let starts = [make(case, &dir, false), make(case, &dir, true)];
+        let (mut runs, mut seed, mut hit) = (0, 1, 0);
+        while runs < budget {
+            let (start, bitmaps) = &starts[seed as usize % 2];
+            let (calls, ..) = run_with_fault(start, bitmaps, seed, None);
+            for index in 0..calls {
+                for (errno, sticky) in [(libc::EIO, false), (libc::ENOSPC, true)] {
+                    let fault = Fault { index, errno, sticky };
+                    let label = format!("{}, seed {seed}, {fault:?}", case.name);
+                    let (_, disk, world, closed) = run_with_fault(start, bitmaps, seed, Some(fault));
+                    let mut judge = Judge::default();
+                    disk.crash_states(&mut Rng::new(index), CrashBudget { singles: 4, random: 3 }, |image| {
+                        let mut wrong = judge_sample(&mut judge, image, &world.guest, start, 0, 1);
+                        wrong.extend(world.judge(image));
+                        assert!(wrong.is_empty(), "{label}: {wrong:#?}");
+                    });
+                    if closed {
+                        let leaks = judge.judge(&disk.durable()).leaks;
+                        assert_eq!(leaks, 0, "{label}: leaks after a successful close");
+                    }
+                    hit += u64::from(disk.fault_hit().is_some());
+                    runs += 1;
+                }
+            }
+            seed += 1;
+        }
+        assert!(hit > 0, "{}: no fault was met", case.name);
+    }
+}
+
+/// Returns the calls of the storage, the disk, what is known of it, and whether the image could be closed.
+fn run_with_fault(
+    start: &Start,
+    bitmaps: &Bitmaps,
+    seed: u64,
+    fault: Option<Fault>,
+) -> (u64, Arc<SimDisk>, World, bool) {
+    let mut rng = Rng::new(seed);
+    let disk = Arc::new(SimDisk::new(start.image.clone()));
+    disk.set_fault(fault);
+    let world = RefCell::new(World::new(start, bitmaps));
+    let mut closed = false;
+    if let Ok(image) = qcow2::wait::block_on(open(&Blocking, &disk, start, 0)) {
+        for op in 1..10 {
+            // The same steps whether calls fail or not: what the first of the possible bitmaps allow.
+            let there = world.borrow().bitmaps[0].clone();
+            let step = match rng.one_in(2) {
+                true => random_operation(&mut rng, &there),
+                false => random_change(&mut rng, start),
+            };
+            let done = qcow2::wait::block_on(perform(&image, &Blocking, &world, op, step));
+            // With several candidates, an operation may not fit what is really there; then it changes nothing.
+            let _ = done;
+            if world.borrow().bitmaps.len() > 8 {
+                break;
+            }
+        }
+        let began = world.borrow().guest.now();
+        closed = image.close().is_ok();
+        if closed {
+            world.borrow_mut().guest.flushed(began);
+        }
+    }
+    (disk.calls(), disk, world.into_inner(), closed)
+}
