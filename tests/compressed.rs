@@ -15,7 +15,7 @@ use judge::{Judge, Layout};
 use qcow2::error::ErrorCode;
 use qcow2::format::GuestOffset;
 use qcow2::image::{BackingPolicy, CreateOptions, Image, MapKind, OpenOptions, WriteFlags, ZeroFlags};
-use qcow2::storage::sim::{CrashBudget, DiskImage, Rng, Scheduler, SimDisk, SimIo, Task};
+use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, Scheduler, SimDisk, SimIo, Task};
 use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
 use stage::{Start, cases, judge_disk, squeezable};
 
@@ -578,6 +578,40 @@ fn h1_a_freed_cluster_is_not_reused_before_the_l2_write_that_unlinks_it_is_durab
             assert!(states.get() > 50, "{} states", states.get());
             image.close().unwrap();
         }
+    }
+}
+
+/// The host cluster that is being filled loses all that is in it, and becomes somebody else's: whether it is given back by
+/// a flush, with or without a hole in its place, or by a write that failed.
+#[test]
+fn nobody_is_packed_into_a_cluster_that_is_somebody_elses_by_now() {
+    let Some(dir) = qemu::dir("compressed-reuse") else { return };
+    let start = start_of("4 KiB", &dir);
+    for (unmap, fails) in [(false, false), (true, false), (false, true)] {
+        let label = format!("unmap {unmap}, the write fails {fails}");
+        let disk = Arc::new(SimDisk::new(start.image.clone()));
+        let mut options = OpenOptions::default();
+        options.set("discard", if unmap { "unmap" } else { "ignore" }).unwrap();
+        let image = Image::open_storage(disk.clone(), &options).unwrap();
+        let data = |n: u64| squeezable(n + 1, n * 4096, 4096);
+        image.pwrite(&data(3), 3 * 4096).unwrap(); // so that the L2 table is there
+        if fails {
+            disk.set_fault(Some(Fault { index: disk.calls(), errno: libc::ENOSPC, sticky: false }));
+            let failed = image.write(&[IoSrc::from(&data(0)[..])], GuestOffset(0), COMPRESSED);
+            assert_eq!(failed.unwrap_err().errno(), libc::ENOSPC, "{label}");
+            disk.set_fault(None);
+        } else {
+            write_compressed(&image, &data(0), 0);
+            image.flush().unwrap();
+            image.write_zeroes(0, 4096, ZeroFlags::default()).unwrap();
+            image.flush().unwrap();
+        }
+        image.pwrite(&data(1), 4096).unwrap();
+        write_compressed(&image, &data(2), 2 * 4096);
+        expect_content(&image, &[vec![0; 4096], data(1), data(2), data(3)].concat(), &label);
+        image.close().unwrap();
+        let verdict = Judge::default().judge(&disk.durable());
+        assert!(verdict.violations.is_empty() && verdict.leaks == 0, "{label}: {verdict:?}");
     }
 }
 

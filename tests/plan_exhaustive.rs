@@ -43,10 +43,10 @@
 //! | data joined without a look at offsets; unallocated never joined | runs_of_neighbouring_clusters_... |
 //! | pieces end at L2 tables; pieces ignore the place in the slice | pieces_end_just_where_an_l2_slice_does |
 
-use qcow2::format::l2::CompressedExtent;
+use qcow2::format::l2::{CompressedExtent, L2Entry};
 use qcow2::format::{ClusterState, Geometry, GuestOffset, Host, HostCluster, HostOffset};
 use qcow2::plan::read::{Run, Source, continues, run_at};
-use qcow2::plan::write::{Target, WritePlan, plan_write};
+use qcow2::plan::write::{Target, WritePlan, plan_compressed, plan_write};
 use qcow2::plan::{Span, split, subcluster_mask};
 
 /// What the guest finds in an atom.
@@ -589,6 +589,26 @@ fn masks_hold_just_their_subclusters() {
         for last in first..32 {
             let mask = subcluster_mask(first, last);
             assert!((0..32).all(|bit| (mask >> bit & 1 == 1) == (first <= bit && bit <= last)), "{first}..={last}");
+        }
+    }
+}
+
+/// Whatever was there, the new extent is all that is left, in an entry with neither COPIED nor a bitmap; and what the
+/// entry referred to is let go, if it did to anything.
+#[test]
+fn a_compressed_write_replaces_every_state() {
+    let extent = CompressedExtent::new(HostOffset(0x70_1234), 5000);
+    for (extended, host) in
+        [false, true].into_iter().flat_map(|e| [Host::None, OURS, SHARED, COMPRESSED].map(|h| (e, h)))
+    {
+        for kinds in KINDS.into_iter().flat_map(|first| KINDS.map(|others| [first, others])) {
+            let Some(old) = state_of(host, extended, |subcluster| kinds[subcluster.min(1)]) else { continue };
+            let (new, releases) = plan_compressed(old, extent);
+            assert_eq!(new, ClusterState { host: Host::Compressed(extent), alloc: 0, zero: 0 });
+            assert_eq!(releases, host != Host::None, "{old:?}");
+            let entry = L2Entry::encode(new, geometry(16, extended));
+            assert_eq!((entry.descriptor >> 62, entry.bitmap), (1, 0));
+            assert_eq!(entry.decode(geometry(16, extended)), Ok(new));
         }
     }
 }
