@@ -47,7 +47,7 @@ int main(void)
     refused(48, 8, 0x10001, EINVAL, QCOW2_ERR_BAD_HEADER, "refcount_table_offset");
     refused(32, 4, 1, ENOTSUP, QCOW2_ERR_UNSUPPORTED, "encryption");
     refused(72, 8, 2, EIO, QCOW2_ERR_CORRUPT, "corrupt");
-    refused(72, 8, 4, ENOTSUP, QCOW2_ERR_UNSUPPORTED, "external data file");
+    refused(72, 8, 4, EINVAL, QCOW2_ERR_OPTION, "external data file");
     refused(72, 8, UINT64_C(1) << 40, ENOTSUP, QCOW2_ERR_UNSUPPORTED, "40");
     refused(96, 4, 7, EINVAL, QCOW2_ERR_BAD_HEADER, "refcount_order");
 

@@ -118,11 +118,15 @@ int qcow2_has_feature(const char *name);
 #define QCOW2_ERR_NOT_QCOW2 4
 /** The image needs a feature that this library (or this build of it) does not have; the text names it. */
 #define QCOW2_ERR_UNSUPPORTED 5
-/** The image refers to another file, and option "backing", a resolver or a storage did not allow that. */
+
+/**
+ * The image refers to another file (a backing file, an external data file), and option "backing", a resolver or a storage
+ * did not allow that.
+ */
 #define QCOW2_ERR_BACKING_DENIED 6
 /** A backing file has no declared format, or one that is neither qcow2 nor raw. */
 #define QCOW2_ERR_BACKING_FORMAT 7
-/** The backing chain has a loop, or is deeper than option "backing_depth_max". */
+/** The backing chain has a loop, or is deeper than option "backing_depth_max", or an external data file is a file of it. */
 #define QCOW2_ERR_CHAIN 8
 /** The image has the dirty bit: it can be read, and needs a repair before it is written. */
 #define QCOW2_ERR_NEEDS_REPAIR 9
@@ -438,6 +442,8 @@ int qcow2_discard(qcow2_image *image,
  * flags:  0 or QCOW2_OVERWRITE
  *
  * With option "backing_file", "backing_fmt" must be set too; the backing file is not opened, so its size is not used.
+ * With option "data_file" that file is made too, as long as the disk (a relative name starts from the folder of the
+ * image); if it exists, it is refused or, with QCOW2_OVERWRITE, emptied.
  * With option "preallocation" the call may take long: see qcow2_opts_set_progress().
  * Returns 0 or a negative errno: -EEXIST the file exists; -EBUSY somebody uses it; -EINVAL a wrong option, or options
  * that exclude each other; -EFBIG larger than the format can have with that cluster size; -ECANCELED the progress
@@ -454,7 +460,8 @@ int qcow2_create(const char *path,
  *
  * storage: where the bytes go; it must be able to write, flush and truncate. It stays the caller's
  * size:    size of the guest disk in bytes; rounded up to a multiple of 512
- * opts:    as in qcow2_create()
+ * opts:    as in qcow2_create(); with qcow2_opts_set_storage() and QCOW2_ROLE_DATA_FILE, guest data goes to that
+ *          storage, of which nothing remains, and option "data_file" is the name that the image stores for it, if any
  * flags:   0
  *
  * Returns 0 or a negative errno, as qcow2_create(), or what a callback of the storage returned.
@@ -490,10 +497,16 @@ int qcow2_create_storage(qcow2_storage *storage,
 #define QCOW2_OPTION_FOR_CREATE (1 << 1)
 /** Role of a storage: a file of the backing chain. */
 #define QCOW2_ROLE_BACKING 1
+/** Role of a storage: the external data file of the image, or of a file of its backing chain. */
+#define QCOW2_ROLE_DATA_FILE 2
 /** Format of a backing file, as its image declares it: qcow2. */
 #define QCOW2_FORMAT_QCOW2 1
 /** Format of a backing file, as its image declares it, and of everything that is not known: raw. */
 #define QCOW2_FORMAT_RAW 2
+/** In place of a format: the reference is to an external data file, for reading only. */
+#define QCOW2_FORMAT_DATA_FILE 3
+/** In place of a format: the reference is to an external data file, for reading and writing. */
+#define QCOW2_FORMAT_DATA_FILE_WRITABLE 4
 /** Level of a log message: something is wrong, an image that turned out to be corrupt for example. */
 #define QCOW2_LOG_ERROR 1
 /** Level of a log message: something to look at. */
@@ -522,7 +535,8 @@ typedef struct qcow2_option {
  *
  * user:    the pointer given with the function
  * name:    the reference as stored in the image, untrusted
- * format:  QCOW2_FORMAT_QCOW2 or QCOW2_FORMAT_RAW, as declared in the image
+ * format:  QCOW2_FORMAT_QCOW2 or QCOW2_FORMAT_RAW, as declared in the image; or QCOW2_FORMAT_DATA_FILE or
+ *          QCOW2_FORMAT_DATA_FILE_WRITABLE. Fail with -EACCES for what you do not expect
  * depth:   how deep in the chain the image is that has the reference: 0 for the image that is being opened
  * storage: where the function puts a storage; the library takes that reference over
  *
@@ -623,13 +637,17 @@ int qcow2_option_describe(size_t index,
                           size_t option_size);
 
 /**
- * Gives an open the storages that the image refers to, so that nothing is opened by name.
+ * Gives an open the storages that the image refers to, so that nothing is opened by name, or qcow2_create_storage() the
+ * storage that guest data goes to.
  *
  * opts:     the options
- * role:     QCOW2_ROLE_BACKING
- * position: 0 is the image's backing file, 1 the backing file of that, and so on; given in that order
- * storage:  opened for reading at least, never written to. The options, and images opened with them, keep a
- *           reference of their own
+ * role:     QCOW2_ROLE_BACKING or QCOW2_ROLE_DATA_FILE
+ * position: for QCOW2_ROLE_BACKING, 0 is the image's backing file, 1 the backing file of that, and so on; given in that
+ *           order. For QCOW2_ROLE_DATA_FILE, 0 is the image's own external data file, 1 that of its backing file, and so
+ *           on; in any order
+ * storage:  a backing file, and what belongs to one, opened for reading at least, and never written to; the image's own
+ *           external data file for writing too, unless the image is opened with "read_only". The options, and images
+ *           opened with them, keep a reference of their own
  *
  * Names stored in the images are not looked at then; declared formats are.
  * Returns 0 or -EINVAL. One thread at a time. Since 0.1.
@@ -640,8 +658,8 @@ int qcow2_opts_set_storage(qcow2_opts *opts,
                            qcow2_storage *storage);
 
 /**
- * Lets the caller decide which file a reference in an image means. It is asked for each backing file instead of
- * opening paths, whatever option "backing" says.
+ * Lets the caller decide which file a reference in an image means. It is asked for each backing file and external data
+ * file instead of opening paths, whatever option "backing" says.
  *
  * opts:    the options
  * resolve: the function; NULL takes an earlier resolver away. Called during the open only, in its thread
@@ -851,6 +869,8 @@ int qcow2_probe(const void *buf,
 #define QCOW2_EXTENT_OFFSET_VALID (1 << 4)
 /** Of qcow2_bitmap_extents(): the range was changed since the bitmap was started. */
 #define QCOW2_EXTENT_DIRTY (1 << 5)
+/** host_offset is an offset into the external data file of the file that depth names, not into that file itself. */
+#define QCOW2_EXTENT_DATA_FILE (1 << 6)
 
 /**
  * A range of the guest disk in which everything is of one kind. The size of this struct never changes: room to grow
@@ -861,7 +881,10 @@ typedef struct qcow2_extent {
     uint64_t start;
     /** Length in bytes, never 0. */
     uint64_t length;
-    /** Offset of the first byte in its file, with QCOW2_EXTENT_OFFSET_VALID; else 0. */
+    /**
+     * Offset of the first byte in its file, with QCOW2_EXTENT_OFFSET_VALID; else 0. With QCOW2_EXTENT_DATA_FILE its
+     * file is the external data file.
+     */
     uint64_t host_offset;
     /** Which file of the backing chain says so: 0 is the image itself, 1 its backing file, and so on. */
     uint32_t depth;

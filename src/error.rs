@@ -72,6 +72,10 @@ pub enum CorruptionKind {
     CompressedData,
     /// A compressed cluster lies past the end of the file.
     CompressedBeyondEof,
+    /// A cluster is compressed although the image has an external data file.
+    CompressedInDataFile,
+    /// The host offset in an L2 entry is not the guest offset, although the image has an external data file.
+    NotAtGuestOffset,
     /// A refcount table entry has reserved bits set or is not a multiple of the cluster size.
     RefcountTableEntry,
     /// A refcount block lies past the end of the file.
@@ -104,6 +108,10 @@ impl CorruptionKind {
             }
             Self::CompressedData => "compressed cluster does not decompress to one cluster of data",
             Self::CompressedBeyondEof => "compressed cluster lies past the end of the file",
+            Self::CompressedInDataFile => "compressed cluster in an image with an external data file",
+            Self::NotAtGuestOffset => {
+                "L2 entry has a host offset that is not the guest offset, which an external data file demands"
+            }
             Self::RefcountTableEntry => {
                 "refcount table entry is not a cluster-aligned offset outside of other metadata"
             }
@@ -234,6 +242,27 @@ pub enum Error {
         name: String,
         /// Why.
         source: Box<Error>,
+    },
+    /// The image has an external data file, and the caller did not allow that it is opened.
+    DataFileDenied {
+        /// The reference as stored in the image.
+        name: String,
+        /// What to do about it.
+        hint: &'static str,
+    },
+    /// The image has an external data file, stores no name for it, and none was given.
+    DataFileMissing,
+    /// The external data file could not be opened or made.
+    DataFile {
+        /// The external data file.
+        name: String,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// The external data file is also another file of the image or of its backing chain.
+    DataFileShared {
+        /// The external data file.
+        name: String,
     },
     /// A backing chain comes back to a file that is already part of it.
     ChainLoop {
@@ -369,11 +398,11 @@ pub enum ErrorCode {
     NotQcow2 = 4,
     /// [`Error::Unsupported`].
     Unsupported = 5,
-    /// [`Error::BackingDenied`].
+    /// [`Error::BackingDenied`] and [`Error::DataFileDenied`].
     BackingDenied = 6,
     /// [`Error::BackingFormat`].
     BackingFormat = 7,
-    /// [`Error::ChainLoop`] and [`Error::ChainTooDeep`].
+    /// [`Error::ChainLoop`], [`Error::ChainTooDeep`] and [`Error::DataFileShared`].
     Chain = 8,
     /// [`Error::NeedsRepair`].
     NeedsRepair = 9,
@@ -385,7 +414,7 @@ pub enum ErrorCode {
     OutOfRange = 12,
     /// [`Error::Argument`], [`Error::ArgumentValue`] and [`Error::Path`].
     Argument = 13,
-    /// [`Error::UnknownOption`], [`Error::OptionValue`] and [`Error::OptionUnused`].
+    /// [`Error::UnknownOption`], [`Error::OptionValue`], [`Error::OptionUnused`] and [`Error::DataFileMissing`].
     Option = 14,
     /// [`Error::TooLarge`].
     TooLarge = 15,
@@ -428,10 +457,11 @@ impl Error {
             Self::Bitmap { .. } => ErrorCode::Bitmap,
             Self::NotQcow2 { .. } => ErrorCode::NotQcow2,
             Self::Unsupported { .. } | Self::NoFallback => ErrorCode::Unsupported,
-            Self::BackingDenied { .. } => ErrorCode::BackingDenied,
+            Self::BackingDenied { .. } | Self::DataFileDenied { .. } => ErrorCode::BackingDenied,
             Self::BackingFormat { .. } => ErrorCode::BackingFormat,
-            Self::Backing { source, .. } => source.code(),
-            Self::ChainLoop { .. } | Self::ChainTooDeep { .. } => ErrorCode::Chain,
+            Self::Backing { source, .. } | Self::DataFile { source, .. } => source.code(),
+            Self::ChainLoop { .. } | Self::ChainTooDeep { .. } | Self::DataFileShared { .. } => ErrorCode::Chain,
+            Self::DataFileMissing => ErrorCode::Option,
             Self::NeedsRepair => ErrorCode::NeedsRepair,
             Self::ReadOnly | Self::InspectOnly => ErrorCode::ReadOnly,
             Self::Poisoned { .. } => ErrorCode::Poisoned,
@@ -463,9 +493,10 @@ impl Error {
             Self::Argument { .. } | Self::UnknownOption { .. } | Self::OptionValue { .. } => libc::EINVAL,
             Self::ArgumentValue { .. } | Self::OptionUnused { .. } | Self::Path { .. } => libc::EINVAL,
             Self::Unsupported { .. } | Self::BackingFormat { .. } | Self::NoFallback => libc::ENOTSUP,
-            Self::BackingDenied { .. } => libc::EACCES,
-            Self::Backing { source, .. } => source.errno(),
-            Self::ChainLoop { .. } | Self::ChainTooDeep { .. } => libc::ELOOP,
+            Self::BackingDenied { .. } | Self::DataFileDenied { .. } => libc::EACCES,
+            Self::Backing { source, .. } | Self::DataFile { source, .. } => source.errno(),
+            Self::ChainLoop { .. } | Self::ChainTooDeep { .. } | Self::DataFileShared { .. } => libc::ELOOP,
+            Self::DataFileMissing => libc::EINVAL,
             Self::NeedsRepair => libc::EUCLEAN,
             Self::ReadOnly | Self::InspectOnly => libc::EROFS,
             Self::TooLarge { .. } => libc::EFBIG,
@@ -554,6 +585,10 @@ impl fmt::Display for Error {
                 write!(f, "backing file '{name}' is declared as '{format}'; only qcow2 and raw are supported")
             }
             Self::Backing { name, source } => write!(f, "backing file '{name}': {source}"),
+            Self::DataFileDenied { name, hint } => write!(f, "the image has its data in external data file '{name}', which is not allowed: {hint}"),
+            Self::DataFileMissing => f.write_str("the image has its data in an external data file and stores no name for it; set option 'data_file', or pass the storage yourself"),
+            Self::DataFile { name, source } => write!(f, "external data file '{name}': {source}"),
+            Self::DataFileShared { name } => write!(f, "external data file '{name}' is also the image, or a file under it; each needs a file of its own"),
             Self::ChainLoop { name } => write!(f, "backing file '{name}' is already part of the backing chain, which would never end"),
             Self::ChainTooDeep { limit } => write!(f, "backing chain is deeper than {limit} files; raise option 'backing_depth_max' if it is meant to be"),
             Self::NeedsRepair => f.write_str("image has the dirty bit: its refcounts need a repair before it can be written; open it read-only, or repair it"),

@@ -49,6 +49,18 @@ impl Claims {
         self.claim(0..u64::MAX)
     }
 
+    /// Claims `range` (not empty) if no other claim, held or waited for, overlaps it.
+    pub fn try_claim(&self, range: Range<u64>) -> Option<Claim<'_>> {
+        let mut list = lock(&self.list);
+        if list.entries.iter().any(|e| overlaps(&e.range, &range)) {
+            return None;
+        }
+        let id = list.next_id;
+        list.next_id += 1;
+        list.entries.push(Entry { id, range, waker: None });
+        Some(Claim { claims: self, id })
+    }
+
     fn release(&self, id: u64) {
         let mut list = lock(&self.list);
         let Some(at) = list.entries.iter().position(|e| e.id == id) else { return };
@@ -252,6 +264,18 @@ mod tests {
         assert!(poll(&mut c).is_pending());
         drop(held);
         assert!(poll(&mut c).is_ready());
+    }
+
+    #[test]
+    fn a_try_takes_what_nobody_wants() {
+        let claims = Claims::default();
+        let held = claims.try_claim(0..4).unwrap();
+        assert!(claims.try_claim(3..5).is_none() && claims.try_claim(4..5).is_some());
+        let mut waits = claims.claim(3..6);
+        assert!(poll(&mut waits).is_pending());
+        assert!(claims.try_claim(5..7).is_none(), "somebody waits for it");
+        drop(held);
+        assert!(poll(&mut waits).is_ready());
     }
 
     #[test]

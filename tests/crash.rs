@@ -1,7 +1,7 @@
 //! Crashes. Scripts of writes, flushes and FUA writes run through the engine on a simulated disk; at every step the
 //! disks that a crash may leave behind are enumerated and judged by a second reader of the format:
 //! no broken structure (D1 to D6), stable sectors and snapshots read what they read at the last flush (D7), others
-//! their old value or one issued since (D8). A sample is opened again with the library, written, and judged again.
+//! their old value or one issued since (D8); a raw external data file by itself is the disk (D14). A sample is opened again with the library, written, and judged again.
 //!
 //! `CRASH_STATES` sets how many states are judged in all (`make crash CRASH_STATES=100000000` for a long run);
 //! `CRASH_SEED` sets the first seed; `CRASH_CASE` takes only cases whose name contains it.
@@ -17,9 +17,12 @@ use std::sync::Mutex;
 use judge::Judge;
 use qcow2::format::GuestOffset;
 use qcow2::image::{Image, WriteFlags, ZeroFlags};
-use qcow2::storage::sim::{CrashBudget, Rng, Scheduler, SimDisk, SimIo, Task};
+use qcow2::storage::sim::{CrashBudget, Rng, Scheduler, SimDisk, SimIo, Task, crash_states};
 use qcow2::storage::{IoSrc, Storage};
-use stage::{Case, Guest, Start, cases, judge_disk, judge_sample, open, pattern, reopen_and_write};
+use stage::{
+    Case, Guest, Start, cases, data_file_cases, disks, judge_durable, judge_files, open, open_disks, pattern,
+    reopen_files,
+};
 
 const STATES_BY_DEFAULT: u64 = 400_000;
 /// One state in this many is opened again.
@@ -58,9 +61,9 @@ impl Tally {
     }
 }
 
-/// Watches one disk during one script.
+/// Watches the disks of one image during one script.
 struct Watch<'a> {
-    disk: &'a SimDisk,
+    disks: &'a [Arc<SimDisk>; 2],
     start: &'a Start,
     guest: &'a RefCell<Guest>,
     acknowledged: &'a Cell<u64>,
@@ -73,7 +76,8 @@ struct Watch<'a> {
 impl Watch<'_> {
     /// Judges the crash states of this moment, if they or what is promised have changed.
     fn look(&mut self, place: impl Fn() -> String) {
-        let now = (self.disk.changes(), self.acknowledged.get());
+        let changes = self.disks.iter().map(|disk| disk.changes()).sum();
+        let now = (changes, self.acknowledged.get());
         if now == self.seen {
             return;
         }
@@ -81,14 +85,15 @@ impl Watch<'_> {
         let guest = self.guest.borrow();
         let (judge, tally, start) = (&mut self.judge, &mut self.tally, self.start);
         let mut sampling = Rng::new(self.rng.next_u64());
-        let states = self.disk.crash_states(&mut self.rng, CrashBudget::default(), |image| {
+        let both = self.disks.each_ref().map(|disk| &**disk);
+        let states = crash_states(both, &mut self.rng, CrashBudget::default(), |files| {
             let sparse = (start.hot_sectors.len() as u64 / 64).max(1);
-            let wrong = judge_sample(judge, image, &guest, start, sampling.next_u64() >> 32, sparse);
+            let wrong = judge_files(judge, files, &guest, start, (sampling.next_u64() >> 32, sparse));
             let clean = wrong.is_empty();
             tally.add(wrong, &place);
             if clean && sampling.one_in(REOPEN_ONE_IN) {
                 tally.reopened += 1;
-                tally.add(reopen_and_write(judge, image, &guest, start, sampling.next_u64()), &place);
+                tally.add(reopen_files(judge, files, &guest, start, sampling.next_u64()), &place);
             }
         });
         self.tally.states += states;
@@ -193,7 +198,7 @@ async fn perform(
                 _ => (pattern(op, offset, length), false),
             };
             let ticket = guest.borrow_mut().issue(offset, &data);
-            let flags = WriteFlags { fua, compressed };
+            let flags = WriteFlags { fua, compressed: compressed && start.data_file.is_none() };
             image.write_with(io, &[IoSrc::from(&data[..])], GuestOffset(offset), flags).await?;
             match fua {
                 true => guest.borrow_mut().forced(&ticket),
@@ -228,13 +233,13 @@ async fn perform(
 
 fn run_script(start: &Start, seed: u64, tally: Tally) -> Tally {
     let mut rng = Rng::new(seed);
-    let disk = Arc::new(SimDisk::new(start.image.clone()));
-    let io = SimIo::new(rng.next_u64(), 1, vec![disk.clone()]);
+    let disks = disks(start);
+    let io = SimIo::new(rng.next_u64(), 1, disks.to_vec());
     let guest = RefCell::new(start.guest());
     let acknowledged = Cell::new(0);
     let mut scheduler = Scheduler::new(rng.next_u64());
     let mut watch = Watch {
-        disk: &disk,
+        disks: &disks,
         start,
         guest: &guest,
         acknowledged: &acknowledged,
@@ -244,7 +249,8 @@ fn run_script(start: &Start, seed: u64, tally: Tally) -> Tally {
         tally,
     };
     let cache = if rng.one_in(3) { 4 * start.cluster.min(4096) } else { 0 };
-    let image = scheduler.run_one(open(&io, &disk, start, cache), || watch.look(|| format!("seed {seed}, open")));
+    let image =
+        scheduler.run_one(open_disks(&io, &disks, start, cache), || watch.look(|| format!("seed {seed}, open")));
     let image = image.unwrap().unwrap();
     let mut op = 1;
     for _ in 0..8 + rng.below(8) {
@@ -267,12 +273,16 @@ fn run_script(start: &Start, seed: u64, tally: Tally) -> Tally {
     guest.borrow_mut().flushed(began);
     acknowledged.set(acknowledged.get() + 1);
     watch.look(|| format!("seed {seed}, closed"));
-    let end = watch.judge.judge(&disk.durable());
+    let end = watch.judge.judge(&disks[0].durable());
     if end.leaks > 0 {
         watch.tally.add(vec![format!("leak: {} clusters after a clean close", end.leaks)], || format!("seed {seed}"));
     }
     watch.tally.scripts += 1;
     watch.tally
+}
+
+fn all_cases() -> impl Iterator<Item = Case> {
+    cases().into_iter().chain(data_file_cases())
 }
 
 fn run_case(case: &Case, dir: &qemu::Dir, states: u64, first_seed: u64) -> Tally {
@@ -296,7 +306,7 @@ fn no_crash_state_is_damaged() {
         return;
     }
     let wanted = std::env::var("CRASH_CASE").unwrap_or_default();
-    let cases: Vec<Case> = cases().into_iter().filter(|case| case.name.contains(&wanted)).collect();
+    let cases: Vec<Case> = all_cases().filter(|case| case.name.contains(&wanted)).collect();
     // A state of an image with large clusters, or with many, takes several times as long.
     let weight = |case: &Case| if case.cluster_bits == 16 || case.prefill_kib > 0 { 1 } else { 8 };
     let share = number("CRASH_STATES", STATES_BY_DEFAULT).div_ceil(cases.iter().map(weight).sum());
@@ -357,9 +367,9 @@ fn report(cases: &[Case], tallies: &[Option<Tally>]) {
 #[test]
 fn the_images_to_start_from_are_sound() {
     let Some(dir) = qemu::dir("crash-start") else { return };
-    for case in cases() {
+    for case in all_cases() {
         let start = case.make(&dir);
-        let wrong = judge_disk(&mut Judge::default(), &start.image, &start.guest(), &start);
+        let wrong = judge_durable(&mut Judge::default(), &disks(&start), &start.guest(), &start);
         assert_eq!(wrong, Vec::<String>::new(), "{}", case.name);
         assert_eq!(Judge::default().judge(&start.image).leaks, 0, "{}", case.name);
         let growing = case.name.contains("about to grow");

@@ -262,6 +262,58 @@ fn same_header(ours: &str, theirs: &str, case: &Case, context: &str) {
     assert_eq!(ours, theirs, "{context}");
 }
 
+/// With an external data file, raw or not: QEMU finds nothing to say about our images, both say the same of both, and the
+/// headers are the same but for the places of the tables. The data file is as long as the disk.
+#[test]
+fn every_combination_with_a_data_file() {
+    let Some(dir) = qemu::dir("create-data-file") else { return };
+    fs::write(dir.path("base.raw"), [0xff; 512]).unwrap();
+    let mut cases = Vec::new();
+    for bits in [9, 12, 14, 16, 21] {
+        for choice in 0..32_u32 {
+            let on = |bit: u32| choice >> bit & 1 == 1;
+            let (extended, raw, lazy, zstd, backing) = (on(0), on(1), on(2), on(3), on(4));
+            if !(extended && bits < 14 || raw && backing) {
+                cases.push((bits, extended, raw, lazy, zstd, backing));
+            }
+        }
+    }
+    on_all_cores(&cases, |i, &(bits, extended, raw, lazy, zstd, backing)| {
+        let flag = |on: bool| if on { "on" } else { "off" };
+        let (file, size) = (format!("{i}.data"), (1_000_000 + i as u64 * 7777) >> (16_u32.saturating_sub(bits)));
+        let mut settings = format!(
+            "cluster_size={},extended_l2={},data_file={file},data_file_raw={},lazy_refcounts={},compression_type={}",
+            1u64 << bits,
+            flag(extended),
+            flag(raw),
+            flag(lazy),
+            if zstd { "zstd" } else { "zlib" }
+        );
+        if backing {
+            settings += ",backing_file=base.raw,backing_fmt=raw";
+        }
+        let mut options = CreateOptions::default();
+        for (key, value) in settings.split(',').filter_map(|setting| setting.split_once('=')) {
+            options.set(key, value).unwrap();
+        }
+        let (ours, theirs) = (dir.path(&format!("{i}-ours")), dir.path(&format!("{i}-theirs")));
+        create(Path::new(&ours), size, &options, false).unwrap_or_else(|e| panic!("{settings}: {e}"));
+        assert_eq!(fs::metadata(dir.path(&file)).unwrap().len(), size.next_multiple_of(512), "{settings}");
+        qemu::check(&ours, false);
+        infos_agree(&ours, &settings);
+        qemu::img(&["create", "-q", "-u", "-f", "qcow2", "-o", &settings, &theirs, &size.to_string()]);
+        infos_agree(&theirs, &settings);
+        let header = |path| block_on(load_header(&Blocking, &FileStorage::new(File::open(path).unwrap()))).unwrap();
+        let (ours, mut theirs) = (header(&ours), header(&theirs));
+        theirs.l1_offset = ours.l1_offset;
+        theirs.l1_entries = ours.l1_entries;
+        theirs.refcount_table_offset = ours.refcount_table_offset;
+        theirs.refcount_table_clusters = ours.refcount_table_clusters;
+        assert_eq!(ours, theirs, "{settings}");
+    });
+    println!("{} combinations with a data file", cases.len());
+}
+
 #[test]
 fn the_largest_disks_and_the_first_too_large_ones() {
     let Some(dir) = qemu::dir("create-largest") else { return };

@@ -15,10 +15,12 @@ use judge::Judge;
 use qcow2::Error;
 use qcow2::error::{ErrorCode, IoOp};
 use qcow2::format::GuestOffset;
-use qcow2::image::{Image, WriteFlags};
-use qcow2::storage::sim::{CrashBudget, Fault, Rng, SimDisk};
+use qcow2::image::{Image, WriteFlags, ZeroFlags};
+use qcow2::storage::sim::{CrashBudget, Fault, Rng, SimDisk, crash_states};
 use qcow2::storage::{Blocking, IoSrc};
-use stage::{Guest, Start, cases, judge_disk, open, pattern, squeezable};
+use stage::{
+    Case, Guest, Start, cases, data_file_cases, disks, judge_disk, judge_files, open, open_disks, pattern, squeezable,
+};
 
 const RUNS_BY_DEFAULT: u64 = 6_000;
 
@@ -26,6 +28,8 @@ const RUNS_BY_DEFAULT: u64 = 6_000;
 enum Step {
     Write { offset: u64, length: u64, fua: bool },
     Compressed { offset: u64, length: u64, fua: bool },
+    Zero { offset: u64, length: u64, unmap: bool },
+    Discard { offset: u64, length: u64 },
     Flush,
 }
 
@@ -36,11 +40,18 @@ fn script(start: &Start, seed: u64) -> Vec<Step> {
             if rng.one_in(4) {
                 return Step::Flush;
             }
-            if rng.one_in(3) {
+            if rng.one_in(3) && start.data_file.is_none() {
                 let (offset, length) = start.random_clusters(&mut rng);
                 return Step::Compressed { offset, length, fua: rng.one_in(8) };
             }
             let (offset, length) = start.random_range(&mut rng, 512);
+            if rng.one_in(6) {
+                return Step::Zero { offset, length, unmap: rng.one_in(2) };
+            }
+            if rng.one_in(8) {
+                let (offset, length) = start.random_cluster(&mut rng);
+                return Step::Discard { offset, length };
+            }
             Step::Write { offset, length, fua: rng.one_in(8) }
         })
         .collect()
@@ -48,7 +59,10 @@ fn script(start: &Start, seed: u64) -> Vec<Step> {
 
 /// What a run under a fault has shown.
 struct Run {
-    disk: Arc<SimDisk>,
+    /// The image's disk, and that of its external data file.
+    disks: [Arc<SimDisk>; 2],
+    /// Which of them had the fault.
+    faulty: usize,
     guest: Guest,
     /// Errors that calls returned, with the step.
     errors: Vec<(String, Error)>,
@@ -69,6 +83,16 @@ fn step(image: &Image, guest: &mut Guest, op: u64, step: Step) -> Result<(), Err
                 false => guest.complete(&ticket),
             }
         }
+        Step::Zero { offset, length, unmap } => {
+            let ticket = guest.issue(offset, &vec![0; length as usize]);
+            image.write_zeroes(offset, length, ZeroFlags { may_unmap: unmap, ..ZeroFlags::default() })?;
+            guest.complete(&ticket);
+        }
+        Step::Discard { offset, length } => {
+            let ticket = guest.issue(offset, &vec![0; length as usize]);
+            image.discard(offset, length)?;
+            guest.complete(&ticket);
+        }
         Step::Flush => {
             let began = guest.now();
             image.flush()?;
@@ -78,12 +102,13 @@ fn step(image: &Image, guest: &mut Guest, op: u64, step: Step) -> Result<(), Err
     Ok(())
 }
 
-fn run(start: &Start, steps: &[Step], fault: Option<Fault>) -> Run {
-    let disk = Arc::new(SimDisk::new(start.image.clone()));
-    disk.set_fault(fault);
-    let mut run =
-        Run { disk: disk.clone(), guest: start.guest(), errors: Vec::new(), closed: false, opened: false, calls: 0 };
-    match qcow2::wait::block_on(open(&Blocking, &disk, start, 2 * start.cluster.min(4096))) {
+/// Runs a script; `faulty` is the disk that a fault is put into.
+fn run(start: &Start, steps: &[Step], faulty: usize, fault: Option<Fault>) -> Run {
+    let disks = disks(start);
+    disks[faulty].set_fault(fault);
+    let guest = start.guest();
+    let mut run = Run { disks, faulty, guest, errors: Vec::new(), closed: false, opened: false, calls: 0 };
+    match qcow2::wait::block_on(open_disks(&Blocking, &run.disks, start, 2 * start.cluster.min(4096))) {
         Err(why) => run.errors.push(("open".into(), why)),
         Ok(image) => {
             run.opened = true;
@@ -102,18 +127,19 @@ fn run(start: &Start, steps: &[Step], fault: Option<Fault>) -> Run {
             }
         }
     }
-    run.calls = disk.calls();
+    run.calls = run.disks[faulty].calls();
     run
 }
 
 /// Everything that must hold after a run.
 fn check(start: &Start, run: &Run, fault: Fault, label: &str) {
     let mut judge = Judge::default();
-    run.disk.crash_states(&mut Rng::new(fault.index), CrashBudget { singles: 6, random: 4 }, |image| {
-        let wrong = judge_disk(&mut judge, image, &run.guest, start);
+    let both = run.disks.each_ref().map(|disk| &**disk);
+    crash_states(both, &mut Rng::new(fault.index), CrashBudget { singles: 6, random: 4 }, |files| {
+        let wrong = judge_files(&mut judge, files, &run.guest, start, (0, 1));
         assert!(wrong.is_empty(), "{label}: {wrong:#?}\nerrors: {:#?}", run.errors);
     });
-    let Some((what, offset)) = run.disk.fault_hit() else { return };
+    let Some((what, offset)) = run.disks[run.faulty].fault_hit() else { return };
     let Some((_, first)) = run.errors.first() else {
         // Best effort (giving space back at the end) or done again: then everything is there, as was just judged.
         assert_ne!(what, "flush", "{label}: a failed flush was not reported");
@@ -145,7 +171,7 @@ fn check(start: &Start, run: &Run, fault: Fault, label: &str) {
         assert!(poisoned, "{label}: a failed flush is sticky, and the last error is {} ({})", last.1, last.0);
     }
     if run.closed {
-        let leaks = judge.judge(&run.disk.durable()).leaks;
+        let leaks = judge.judge(&run.disks[0].durable()).leaks;
         assert_eq!(leaks, 0, "{label}: leaks after a successful close; errors: {:#?}", run.errors);
     }
 }
@@ -157,7 +183,7 @@ fn number(name: &str, default: u64) -> u64 {
 #[test]
 fn every_failing_call_leaves_a_valid_image() {
     let Some(dir) = qemu::dir("faults") else { return };
-    let cases = cases();
+    let cases: Vec<Case> = cases().into_iter().chain(data_file_cases()).collect();
     let starts: Vec<(&str, Start)> = cases.iter().map(|case| (case.name, case.make(&dir))).collect();
     let budget = number("FAULT_RUNS", RUNS_BY_DEFAULT) / starts.len() as u64;
     let mut outcomes: BTreeMap<&str, u64> = BTreeMap::new();
@@ -165,13 +191,13 @@ fn every_failing_call_leaves_a_valid_image() {
         let (mut runs, mut seed) = (0, 1);
         while runs < budget {
             let steps = script(start, seed);
-            let calls = run(start, &steps, None).calls;
-            for index in 0..calls {
+            let calls = [0, 1].map(|disk| (0..run(start, &steps, disk, None).calls).map(move |index| (disk, index)));
+            for (disk, index) in calls.into_iter().flatten() {
                 for (errno, sticky) in [(libc::EIO, false), (libc::ENOSPC, true)] {
                     let fault = Fault { index, errno, sticky };
-                    let run = run(start, &steps, Some(fault));
-                    check(start, &run, fault, &format!("{name}, seed {seed}, {fault:?}"));
-                    let kind = run.disk.fault_hit().map_or("not reached", |(what, _)| what);
+                    let run = run(start, &steps, disk, Some(fault));
+                    check(start, &run, fault, &format!("{name}, seed {seed}, {fault:?} of disk {disk}"));
+                    let kind = run.disks[disk].fault_hit().map_or("not reached", |(what, _)| what);
                     *outcomes.entry(kind).or_default() += 1;
                     runs += 1;
                 }

@@ -23,7 +23,7 @@ _WRITE_COMPRESSED = 8
 _MAY_UNMAP = 2
 _NO_FALLBACK = 4
 _EXTENTS_A_CALL = 256
-_DATA, _ZERO, _COMPRESSED, _PRESENT, _OFFSET_VALID, _DIRTY = (1 << bit for bit in range(6))
+_DATA, _ZERO, _COMPRESSED, _PRESENT, _OFFSET_VALID, _DIRTY, _DATA_FILE = (1 << bit for bit in range(7))
 _ENABLED, _IN_USE, _INCONSISTENT, _UNUSABLE = (1 << bit for bit in range(4))
 _DISABLED = 1
 
@@ -89,6 +89,8 @@ class Extent:
     data: bool
     compressed: bool
     offset: int | None
+    #: The offset counts in the external data file of the file that ``depth`` names.
+    data_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -392,4 +394,5 @@ def _extent(extent: CExtent) -> Extent:
         data=bool(flags & _DATA),
         compressed=bool(flags & _COMPRESSED),
         offset=extent.host_offset if flags & _OFFSET_VALID else None,
+        data_file=bool(flags & _DATA_FILE),
     )

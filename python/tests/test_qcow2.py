@@ -237,6 +237,18 @@ class Facts(Case):
         self.assertRaises(ValueError, image.add_bitmap, "a", -1)
         self.assertEqual([b.name for b in image.bitmaps()], ["off"])
 
+    def test_data_file(self) -> None:
+        qcow2.create(self.disk, 1 << 20, data_file="disk.data", data_file_raw=True)
+        with self.fails(qcow2.Code.BACKING_DENIED, errno.EACCES, "disk.data"):
+            qcow2.Image(self.disk)
+        with qcow2.Image(self.disk, backing="relative") as image:
+            image.write(b"guest", 70000)
+            image.write_zeroes(70001, 2)
+            self.assertEqual((self.folder / "disk.data").read_bytes()[69999:70006], b"\0g\0\0st\0")
+            extent = next(image.map(70000, 5))
+            self.assertEqual((extent.offset, extent.data_file), (70000, True))
+            self.assertTrue(image.info()["format-specific"]["data"]["data-file-raw"])
+
     def test_map_over_many_calls(self) -> None:
         image = self.image(4 << 20, cluster_size=4096)
         for n in range(0, 1024, 2):
@@ -255,7 +267,7 @@ class Facts(Case):
         run("qemu-img", "check", "-q", str(self.disk))
         run("cp", "--sparse=never", str(self.disk), str(self.folder / "full"))
         theirs = json.loads(run("qemu-img", "map", "-f", "qcow2", "--output=json", str(self.folder / "full")))
-        self.assertEqual([{"offset": None, **e} for e in theirs], ours[1])
+        self.assertEqual([{"offset": None, "data_file": False, **e} for e in theirs], ours[1])
         info = json.loads(run("qemu-img", "info", "--output=json", str(self.disk)))
         self.assertEqual(set(info), set(ours[0]))
 

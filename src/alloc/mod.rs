@@ -32,6 +32,12 @@ struct Released {
     epoch: u64,
 }
 
+/// A place in the external data file that an entry has let go of.
+struct Hole {
+    change: u64,
+    epoch: u64,
+}
+
 /// The allocator of one image.
 #[derive(Default)]
 pub struct Allocator {
@@ -40,6 +46,8 @@ pub struct Allocator {
     /// need no pin: nobody else can release what its entry refers to.
     pub transfers: Epochs,
     released: Mutex<VecDeque<Released>>,
+    /// Guest clusters that have left their places in the external data file, and when they did so last.
+    holes: Mutex<HashMap<GuestCluster, Hole>>,
     /// Guest clusters whose host cluster stayed when some of its data was dropped, and the epoch of `transfers` then.
     dropped: Mutex<HashMap<GuestCluster, u64>>,
 }
@@ -174,9 +182,41 @@ impl Allocator {
         }
     }
 
+    /// Notes guest clusters whose entries have just let go of their places in the external data file. `change` is the
+    /// number of that change; it replaces what an earlier one has noted.
+    pub fn note_holes(&self, clusters: impl Iterator<Item = GuestCluster>, change: u64) {
+        let epoch = self.transfers.removed_at();
+        lock(&self.holes).extend(clusters.map(|cluster| (cluster, Hole { change, epoch })));
+    }
+
+    /// Whether nobody reaches the place any more, neither by an older request nor after a crash.
+    fn is_safe(&self, hole: &Hole, tables: &Tables) -> bool {
+        hole.change <= tables.order.durable_through() && self.transfers.has_passed(hole.epoch)
+    }
+
+    /// Guest clusters whose places may be punched, in order.
+    pub fn holes(&self, tables: &Tables) -> Vec<GuestCluster> {
+        let holes = lock(&self.holes);
+        let safe = holes.iter().filter(|(_, hole)| self.is_safe(hole, tables));
+        let mut clusters: Vec<GuestCluster> = safe.map(|(cluster, _)| *cluster).collect();
+        clusters.sort_unstable();
+        clusters
+    }
+
+    /// Takes one of them, if it still is one: it may have been written and let go again since. The caller holds the
+    /// claim on the cluster, so that this cannot happen from now on.
+    pub fn take_hole(&self, cluster: GuestCluster, tables: &Tables) -> bool {
+        let mut holes = lock(&self.holes);
+        let is_safe = holes.get(&cluster).is_some_and(|hole| self.is_safe(hole, tables));
+        if is_safe {
+            holes.remove(&cluster);
+        }
+        is_safe
+    }
+
     /// Whether so much waits for a flush that one should be made.
     pub fn wants_flush(&self) -> bool {
-        lock(&self.released).len() >= RELEASED_MAX
+        lock(&self.released).len() >= RELEASED_MAX || lock(&self.holes).len() >= RELEASED_MAX
     }
 
     /// Takes back all released clusters for which that is safe now. With `punch`, the file first gives up the space of

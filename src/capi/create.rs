@@ -9,7 +9,7 @@ use super::boundary::{call, null};
 use super::opts::{Call, qcow2_opts};
 use super::storage::qcow2_storage;
 use crate::error::Result;
-use crate::image::{CreateOptions, ProgressFn, create_reporting, create_with_reporting};
+use crate::image::{CreateOptions, ProgressFn, create_reporting, create_with_data_file};
 use crate::storage::Blocking;
 use crate::wait::block_on;
 
@@ -43,6 +43,8 @@ unsafe fn with_options(
 /// flags:  0 or QCOW2_OVERWRITE
 ///
 /// With option "backing_file", "backing_fmt" must be set too; the backing file is not opened, so its size is not used.
+/// With option "data_file" that file is made too, as long as the disk (a relative name starts from the folder of the
+/// image); if it exists, it is refused or, with QCOW2_OVERWRITE, emptied.
 /// With option "preallocation" the call may take long: see qcow2_opts_set_progress().
 /// Returns 0 or a negative errno: -EEXIST the file exists; -EBUSY somebody uses it; -EINVAL a wrong option, or options
 /// that exclude each other; -EFBIG larger than the format can have with that cluster size; -ECANCELED the progress
@@ -56,6 +58,10 @@ pub unsafe extern "C" fn qcow2_create(path: *const c_char, size: u64, opts: *con
         let path = unsafe { self::path("path", path) }?;
         let overwrite = flags & QCOW2_OVERWRITE != 0;
         // SAFETY: NULL or options that nobody changes during the call, by the manual above.
+        if unsafe { opts.as_ref() }.is_some_and(|opts| !opts.open.data_file_storages.is_empty()) {
+            return Err(Call::Create.unused("storage"));
+        }
+        // SAFETY: NULL or options that nobody changes during the call, by the manual above.
         unsafe { with_options(opts, |options, tell| create_reporting(path, size, options, overwrite, tell)) }
     })
 }
@@ -64,7 +70,8 @@ pub unsafe extern "C" fn qcow2_create(path: *const c_char, size: u64, opts: *con
 ///
 /// storage: where the bytes go; it must be able to write, flush and truncate. It stays the caller's
 /// size:    size of the guest disk in bytes; rounded up to a multiple of 512
-/// opts:    as in qcow2_create()
+/// opts:    as in qcow2_create(); with qcow2_opts_set_storage() and QCOW2_ROLE_DATA_FILE, guest data goes to that
+///          storage, of which nothing remains, and option "data_file" is the name that the image stores for it, if any
 /// flags:   0
 ///
 /// Returns 0 or a negative errno, as qcow2_create(), or what a callback of the storage returned.
@@ -80,8 +87,10 @@ pub unsafe extern "C" fn qcow2_create_storage(
         check_flags(flags, 0)?;
         // SAFETY: NULL or a live storage by the manual above.
         let storage = unsafe { storage.as_ref() }.ok_or_else(|| null("storage"))?;
+        // SAFETY: as for `with_options` below.
+        let data = unsafe { opts.as_ref() }.and_then(|opts| opts.open.data_file_storages.first().cloned().flatten());
         let create = |options: &CreateOptions, tell: Option<ProgressFn<'_>>| {
-            block_on(create_with_reporting(&Blocking, &*storage.inner, size, options, tell))
+            block_on(create_with_data_file(&Blocking, &*storage.inner, data.as_deref(), size, options, tell))
         };
         // SAFETY: NULL or options that nobody changes during the call, by the manual above.
         unsafe { with_options(opts, create) }

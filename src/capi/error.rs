@@ -22,11 +22,12 @@ pub const QCOW2_ERR_BAD_HEADER: i32 = 3;
 pub const QCOW2_ERR_NOT_QCOW2: i32 = 4;
 /// The image needs a feature that this library (or this build of it) does not have; the text names it.
 pub const QCOW2_ERR_UNSUPPORTED: i32 = 5;
-/// The image refers to another file, and option "backing", a resolver or a storage did not allow that.
+/// The image refers to another file (a backing file, an external data file), and option "backing", a resolver or a storage
+/// did not allow that.
 pub const QCOW2_ERR_BACKING_DENIED: i32 = 6;
 /// A backing file has no declared format, or one that is neither qcow2 nor raw.
 pub const QCOW2_ERR_BACKING_FORMAT: i32 = 7;
-/// The backing chain has a loop, or is deeper than option "backing_depth_max".
+/// The backing chain has a loop, or is deeper than option "backing_depth_max", or an external data file is a file of it.
 pub const QCOW2_ERR_CHAIN: i32 = 8;
 /// The image has the dirty bit: it can be read, and needs a repair before it is written.
 pub const QCOW2_ERR_NEEDS_REPAIR: i32 = 9;

@@ -27,6 +27,8 @@ pub const QCOW2_EXTENT_PRESENT: u32 = 1 << 3;
 pub const QCOW2_EXTENT_OFFSET_VALID: u32 = 1 << 4;
 /// Of qcow2_bitmap_extents(): the range was changed since the bitmap was started.
 pub const QCOW2_EXTENT_DIRTY: u32 = 1 << 5;
+/// host_offset is an offset into the external data file of the file that depth names, not into that file itself.
+pub const QCOW2_EXTENT_DATA_FILE: u32 = 1 << 6;
 
 /// A range of the guest disk in which everything is of one kind. The size of this struct never changes: room to grow
 /// is in its reserved members.
@@ -37,7 +39,8 @@ pub struct qcow2_extent {
     pub start: u64,
     /// Length in bytes, never 0.
     pub length: u64,
-    /// Offset of the first byte in its file, with QCOW2_EXTENT_OFFSET_VALID; else 0.
+    /// Offset of the first byte in its file, with QCOW2_EXTENT_OFFSET_VALID; else 0. With QCOW2_EXTENT_DATA_FILE its
+    /// file is the external data file.
     pub host_offset: u64,
     /// Which file of the backing chain says so: 0 is the image itself, 1 its backing file, and so on.
     pub depth: u32,
@@ -56,12 +59,13 @@ impl qcow2_extent {
             MapKind::Unallocated => QCOW2_EXTENT_ZERO,
         };
         let offset = if extent.host_offset.is_some() { QCOW2_EXTENT_OFFSET_VALID } else { 0 };
+        let data_file = if extent.in_data_file { QCOW2_EXTENT_DATA_FILE } else { 0 };
         Self {
             start: extent.start.0,
             length: extent.length,
             host_offset: extent.host_offset.map_or(0, |at| at.0),
             depth: extent.depth,
-            flags: kind | offset,
+            flags: kind | offset | data_file,
             reserved: [0; 4],
         }
     }

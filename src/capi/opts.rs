@@ -67,7 +67,7 @@ impl Call {
     }
 
     /// The error for an option that this call would silently leave out.
-    fn unused(self, key: &str) -> Error {
+    pub(super) fn unused(self, key: &str) -> Error {
         let (here, there) = match self {
             Self::Open => ("opening an image", "creating one"),
             Self::Create => ("creating an image", "opening one"),
@@ -88,6 +88,8 @@ impl qcow2_opts {
         match call {
             Call::Create | Call::Check if self.open.resolver.is_some() => Err(call.unused("resolver")),
             Call::Create | Call::Check if !self.open.backing_storages.is_empty() => Err(call.unused("storage")),
+            Call::Create if self.open.data_file_storages.len() > 1 => Err(call.unused("storage")),
+            Call::Check if !self.open.data_file_storages.is_empty() => Err(call.unused("storage")),
             Call::Open if self.progress.is_some() => Err(call.unused("progress")),
             Call::Open | Call::Create if self.finding.is_some() => Err(call.unused("finding")),
             _ => Ok(()),
@@ -313,14 +315,23 @@ fn option_texts() -> &'static [OptionTexts] {
 
 /// Role of a storage: a file of the backing chain.
 pub const QCOW2_ROLE_BACKING: u32 = 1;
+/// Role of a storage: the external data file of the image, or of a file of its backing chain.
+pub const QCOW2_ROLE_DATA_FILE: u32 = 2;
 
-/// Gives an open the storages that the image refers to, so that nothing is opened by name.
+/// Deepest image whose external data file can be given.
+const DATA_FILE_DEPTH_MAX: u32 = 1000;
+
+/// Gives an open the storages that the image refers to, so that nothing is opened by name, or qcow2_create_storage() the
+/// storage that guest data goes to.
 ///
 /// opts:     the options
-/// role:     QCOW2_ROLE_BACKING
-/// position: 0 is the image's backing file, 1 the backing file of that, and so on; given in that order
-/// storage:  opened for reading at least, never written to. The options, and images opened with them, keep a
-///           reference of their own
+/// role:     QCOW2_ROLE_BACKING or QCOW2_ROLE_DATA_FILE
+/// position: for QCOW2_ROLE_BACKING, 0 is the image's backing file, 1 the backing file of that, and so on; given in that
+///           order. For QCOW2_ROLE_DATA_FILE, 0 is the image's own external data file, 1 that of its backing file, and so
+///           on; in any order
+/// storage:  a backing file, and what belongs to one, opened for reading at least, and never written to; the image's own
+///           external data file for writing too, unless the image is opened with "read_only". The options, and images
+///           opened with them, keep a reference of their own
 ///
 /// Names stored in the images are not looked at then; declared formats are.
 /// Returns 0 or -EINVAL. One thread at a time. Since 0.1.
@@ -336,22 +347,25 @@ pub unsafe extern "C" fn qcow2_opts_set_storage(
         let opts = unsafe { opts.as_mut() }.ok_or_else(|| null("opts"))?;
         // SAFETY: NULL or a live storage by the manual above.
         let storage = unsafe { storage.as_ref() }.ok_or_else(|| null("storage"))?;
+        let wrong = |name, value: u32, expected| Err(Error::ArgumentValue { name, value: value.to_string(), expected });
+        if role == QCOW2_ROLE_DATA_FILE {
+            if position > DATA_FILE_DEPTH_MAX {
+                return wrong("position", position, "a depth of 0 to 1000");
+            }
+            let storages = &mut opts.open.data_file_storages;
+            storages.resize(storages.len().max(position as usize + 1), None);
+            storages[position as usize] = Some(Arc::clone(&storage.inner));
+            return Ok(());
+        }
         if role != QCOW2_ROLE_BACKING {
-            let value = role.to_string();
-            return Err(Error::ArgumentValue { name: "role", value, expected: "QCOW2_ROLE_BACKING" });
+            return wrong("role", role, "QCOW2_ROLE_BACKING or QCOW2_ROLE_DATA_FILE");
         }
         let storages = &mut opts.open.backing_storages;
         let (position_index, count) = (position as usize, storages.len());
         match storages.get_mut(position_index) {
             Some(place) => *place = Arc::clone(&storage.inner),
             None if position_index == count => storages.push(Arc::clone(&storage.inner)),
-            None => {
-                return Err(Error::ArgumentValue {
-                    name: "position",
-                    value: position.to_string(),
-                    expected: "positions in order, from 0, without a gap",
-                });
-            }
+            None => return wrong("position", position, "positions in order, from 0, without a gap"),
         }
         Ok(())
     })
@@ -364,12 +378,17 @@ pub type qcow2_destroy_fn = Option<unsafe extern "C" fn(user: *mut c_void)>;
 pub const QCOW2_FORMAT_QCOW2: u32 = 1;
 /// Format of a backing file, as its image declares it, and of everything that is not known: raw.
 pub const QCOW2_FORMAT_RAW: u32 = 2;
+/// In place of a format: the reference is to an external data file, for reading only.
+pub const QCOW2_FORMAT_DATA_FILE: u32 = 3;
+/// In place of a format: the reference is to an external data file, for reading and writing.
+pub const QCOW2_FORMAT_DATA_FILE_WRITABLE: u32 = 4;
 
 /// Finds the file behind a reference.
 ///
 /// user:    the pointer given with the function
 /// name:    the reference as stored in the image, untrusted
-/// format:  QCOW2_FORMAT_QCOW2 or QCOW2_FORMAT_RAW, as declared in the image
+/// format:  QCOW2_FORMAT_QCOW2 or QCOW2_FORMAT_RAW, as declared in the image; or QCOW2_FORMAT_DATA_FILE or
+///          QCOW2_FORMAT_DATA_FILE_WRITABLE. Fail with -EACCES for what you do not expect
 /// depth:   how deep in the chain the image is that has the reference: 0 for the image that is being opened
 /// storage: where the function puts a storage; the library takes that reference over
 ///
@@ -391,12 +410,25 @@ struct CallbackResolver {
 
 impl Resolver for CallbackResolver {
     fn resolve(&self, name: &str, format: BackingFormat, depth: u32) -> Result<Arc<dyn Storage>> {
+        self.ask(
+            name,
+            match format {
+                BackingFormat::Qcow2 => QCOW2_FORMAT_QCOW2,
+                BackingFormat::Raw => QCOW2_FORMAT_RAW,
+            },
+            depth,
+        )
+    }
+
+    fn resolve_data_file(&self, name: &str, writable: bool, depth: u32) -> Result<Arc<dyn Storage>> {
+        self.ask(name, if writable { QCOW2_FORMAT_DATA_FILE_WRITABLE } else { QCOW2_FORMAT_DATA_FILE }, depth)
+    }
+}
+
+impl CallbackResolver {
+    fn ask(&self, name: &str, format: u32, depth: u32) -> Result<Arc<dyn Storage>> {
         let name =
             CString::new(name).map_err(|_| Error::Path { path: name.to_owned(), why: "has a NUL byte in it" })?;
-        let format = match format {
-            BackingFormat::Qcow2 => QCOW2_FORMAT_QCOW2,
-            BackingFormat::Raw => QCOW2_FORMAT_RAW,
-        };
         let mut storage = std::ptr::null_mut();
         // SAFETY: the caller's function with its own pointer, a C string, and a place for the result.
         let code = unsafe { (self.resolve)(self.data.user, name.as_ptr(), format, depth, &raw mut storage) };
@@ -406,8 +438,8 @@ impl Resolver for CallbackResolver {
     }
 }
 
-/// Lets the caller decide which file a reference in an image means. It is asked for each backing file instead of
-/// opening paths, whatever option "backing" says.
+/// Lets the caller decide which file a reference in an image means. It is asked for each backing file and external data
+/// file instead of opening paths, whatever option "backing" says.
 ///
 /// opts:    the options
 /// resolve: the function; NULL takes an earlier resolver away. Called during the open only, in its thread

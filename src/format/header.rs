@@ -56,6 +56,8 @@ pub const OFFSET_AUTOCLEAR: u64 = layout::AUTOCLEAR_FEATURES.offset as u64;
 pub const L1_ENTRIES_MAX: u64 = (32 << 20) / 8;
 /// Largest refcount table (as QEMU).
 pub const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
+/// Largest disk with an external data file: host offsets in tables have 56 bits, and are guest offsets then.
+pub const DATA_FILE_BYTES_MAX: u64 = 1 << 56;
 /// Longest name of a backing file. Spec, "backing_file_size".
 pub const BACKING_NAME_MAX: usize = 1023;
 /// Most snapshots (as QEMU).
@@ -331,11 +333,27 @@ impl Header {
             Encryption::Aes => return refuse("encryption (AES)".into()),
             Encryption::Luks => return refuse("encryption (LUKS)".into()),
         }
-        if self.incompatible & INCOMPATIBLE_DATA_FILE != 0 {
-            return refuse(match extension::data_file(&self.extensions)? {
-                Some(name) => format!("external data file '{name}'"),
-                None => "external data file".into(),
-            });
+        self.check_data_file()
+    }
+
+    /// Refuses what does not go together with an external data file (spec, "incompatible_features", bit 2, and
+    /// "autoclear_features", bit 1).
+    fn check_data_file(&self) -> Result<()> {
+        if !self.has_data_file() {
+            return Ok(());
+        }
+        if self.snapshots > 0 {
+            let expected = "0, as the image has an external data file, which goes without internal snapshots";
+            return wrong(layout::NB_SNAPSHOTS, self.snapshots.into(), expected);
+        }
+        if self.data_file_is_raw() && self.backing.is_some() {
+            let expected = "raw external data (bit 1) to be clear, as the image has a backing file";
+            return wrong(layout::AUTOCLEAR_FEATURES, self.autoclear, expected);
+        }
+        if self.size_bytes > DATA_FILE_BYTES_MAX {
+            let expected =
+                "at most 2^56, as the image has an external data file, and its host offsets are guest offsets";
+            return wrong(layout::SIZE, self.size_bytes, expected);
         }
         Ok(())
     }
@@ -362,6 +380,21 @@ impl Header {
             return wrong(layout::L1_TABLE_OFFSET, at, "an offset at which the whole table lies inside the file");
         }
         Ok(())
+    }
+
+    /// Whether guest data is in an external data file.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & INCOMPATIBLE_DATA_FILE != 0
+    }
+
+    /// Whether that file is a raw image of the disk by itself.
+    pub fn data_file_is_raw(&self) -> bool {
+        self.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0
+    }
+
+    /// The name of the external data file, if the image stores one. (A malformed one was refused with the header.)
+    pub fn data_file_name(&self) -> Option<String> {
+        extension::data_file(&self.extensions).unwrap_or_default()
     }
 
     fn name_of(&self, bit: u32) -> String {

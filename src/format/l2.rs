@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::geometry::Geometry;
-use super::units::{HostCluster, HostOffset};
+use super::units::{GuestCluster, HostCluster, HostOffset};
 use crate::error::CorruptionKind;
 
 /// COPIED: the refcount of what the entry points to is exactly one.
@@ -176,6 +176,37 @@ impl L2Entry {
         is_plain.then_some(HostOffset(host))
     }
 
+    /// As [`L2Entry::decode`], for the entry of guest cluster `at` in an image with an external data file. Each cluster
+    /// has its own place there and an implicit count of one, so that COPIED says nothing but "allocated" where the
+    /// offset is 0. Nothing can be compressed (spec, "incompatible_features", bit 2).
+    #[inline]
+    pub fn decode_external(self, geometry: Geometry, at: GuestCluster) -> Result<ClusterState, CorruptionKind> {
+        if self.descriptor & COMPRESSED != 0 {
+            return Err(CorruptionKind::CompressedInDataFile);
+        }
+        if self.descriptor & L2_RESERVED != 0 {
+            return Err(CorruptionKind::L2EntryReservedBits);
+        }
+        let has_host = self.descriptor & (OFFSET_MASK | COPIED) != 0;
+        if has_host && self.descriptor & OFFSET_MASK != geometry.guest_offset(at).0 {
+            return Err(CorruptionKind::NotAtGuestOffset);
+        }
+        let (alloc, zero) = self.masks(geometry, has_host)?;
+        let cluster = HostCluster(at.0);
+        let host = if has_host { Host::Cluster { cluster, copied: true } } else { Host::None };
+        Ok(ClusterState { host, alloc, zero })
+    }
+
+    /// The common case of [`L2Entry::decode_external`]: whether the subclusters in `touched` are plain data, and the
+    /// entry is just as this library writes it.
+    #[inline]
+    pub fn is_plain_external(self, geometry: Geometry, at: GuestCluster, touched: u32) -> bool {
+        let expected = geometry.guest_offset(at).0 & OFFSET_MASK | COPIED;
+        let (alloc, zero) = (self.bitmap as u32, (self.bitmap >> 32) as u32);
+        let is_plain = !geometry.extended_l2 || alloc & zero == 0 && alloc & touched == touched;
+        self.descriptor == expected && is_plain
+    }
+
     #[inline]
     fn masks(self, geometry: Geometry, has_host: bool) -> Result<(u32, u32), CorruptionKind> {
         if !geometry.extended_l2 {
@@ -280,6 +311,39 @@ mod tests {
                         assert_eq!(entry.plain_host(geometry, touched, in_place), long, "{entry:x?}");
                     }
                 }
+            }
+        }
+    }
+
+    /// With an external data file: the place is the guest's own, offset 0 with COPIED is a place, and the short way says
+    /// what the long one does.
+    #[test]
+    fn entries_of_external_data_files() {
+        let at = |descriptor, bitmap, at| L2Entry { descriptor, bitmap }.decode_external(EXT, GuestCluster(at));
+        let host = |cluster| Host::Cluster { cluster: HostCluster(cluster), copied: true };
+        assert_eq!(at(COPIED, 1, 0), Ok(ClusterState { host: host(0), alloc: 1, zero: 0 }));
+        assert_eq!(at(0, 0, 0), Ok(ClusterState::UNALLOCATED));
+        assert_eq!(at(0, 1, 0), Err(CorruptionKind::SubclusterWithoutCluster));
+        assert_eq!(at(COPIED, 0, 5), Err(CorruptionKind::NotAtGuestOffset));
+        assert_eq!(at(0x50000, 1, 5), Ok(ClusterState { host: host(5), alloc: 1, zero: 0 }), "COPIED should be set");
+        assert_eq!(at(COPIED | 0x50000, 1, 6), Err(CorruptionKind::NotAtGuestOffset));
+        assert_eq!(at(COPIED | 0x50200, 1, 5), Err(CorruptionKind::NotAtGuestOffset));
+        assert_eq!(at(COMPRESSED | 0x50000, 0, 5), Err(CorruptionKind::CompressedInDataFile));
+        assert_eq!(at(COPIED | 0x50002, 1, 5), Err(CorruptionKind::L2EntryReservedBits));
+        assert_eq!(at(COPIED | 0x50000, 0x1_0000_0001, 5), Err(CorruptionKind::SubclusterAllocAndZero));
+        for (geometry, bitmap) in [EXT, STD].into_iter().flat_map(|g| [0, 1, u32::MAX.into(), 1 << 32].map(|b| (g, b)))
+        {
+            let bits = |a: u32, b: u32| 1u64 << a ^ 1 << b;
+            for (cluster, flip) in
+                [0, 5].into_iter().flat_map(|c| (0..64).flat_map(move |a| (a..64).map(move |b| (c, bits(a, b)))))
+            {
+                let entry = L2Entry { descriptor: (COPIED | cluster << 16) ^ flip, bitmap };
+                let state = entry.decode_external(geometry, GuestCluster(cluster));
+                let long = state.is_ok_and(|s| s.host != Host::None && s.alloc & 1 == 1);
+                let short = entry.is_plain_external(geometry, GuestCluster(cluster), 1);
+                assert!(long || !short, "{entry:x?}");
+                assert!(short || !long || entry.descriptor & (COPIED | ZERO) != COPIED, "{entry:x?}");
+                assert!(!short || L2Entry::encode(state.unwrap(), geometry).descriptor == entry.descriptor);
             }
         }
     }

@@ -1,5 +1,5 @@
-//! Opening files by name: the image itself, and backing files as far as the caller's policy allows. Names in images
-//! are hostile until proven otherwise.
+//! Opening files by name: the image itself, and backing and external data files as far as the caller's policy allows.
+//! Names in images are hostile until proven otherwise.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -16,6 +16,8 @@ use crate::storage::Storage;
 use crate::storage::file::FileStorage;
 
 const DENIED: &str = "set option 'backing' to 'relative' or 'any', give a resolver, or pass the storage yourself";
+const DATA_FILE_DENIED: &str = "set option 'backing', which covers external data files too, to 'relative' or 'any', or \
+     option 'data_file' to a path of your own, give a resolver, or pass the storage yourself";
 const NO_FOLDER: &str =
     "the image was not opened by path, so relative names lead nowhere; give a resolver or the storage";
 const NOT_BELOW: &str = "it leads out of the image's folder; set option 'backing' to 'any' if it is to be trusted";
@@ -68,6 +70,27 @@ impl Folder {
         if policy == BackingPolicy::Deny {
             return Err(denied(DENIED));
         }
+        let (storage, path) = self.open(name, policy, false, denied)?;
+        self.below = path.parent().map(Path::to_path_buf).unwrap_or_default();
+        Ok(Arc::new(storage))
+    }
+
+    /// Opens the external data file of the image in this folder.
+    pub fn open_data_file(&self, name: &str, policy: BackingPolicy, writable: bool) -> Result<Arc<dyn Storage>> {
+        let denied = |hint| Error::DataFileDenied { name: name.to_owned(), hint };
+        if policy == BackingPolicy::Deny {
+            return Err(denied(DATA_FILE_DENIED));
+        }
+        Ok(Arc::new(self.open(name, policy, writable, denied)?.0))
+    }
+
+    fn open(
+        &self,
+        name: &str,
+        policy: BackingPolicy,
+        writable: bool,
+        denied: impl Fn(&'static str) -> Error,
+    ) -> Result<(FileStorage, PathBuf)> {
         if has_protocol(name) {
             return Err(denied(NOT_A_PATH));
         }
@@ -78,14 +101,13 @@ impl Folder {
                 if path.components().any(|c| matches!(c, Component::RootDir)) {
                     return Err(denied(NOT_BELOW));
                 }
-                open_beneath(root, &path).map_err(|e| hint_for(&e).map_or(e, denied))?
+                open_beneath(root, &path, writable).map_err(|e| hint_for(&e).map_or(e, denied))?
             }
             (_, None) if path.is_relative() => return Err(denied(NO_FOLDER)),
-            (_, None) => open_file(&path, false)?,
-            (_, Some(root)) => open_file(&root.join(&path), false)?,
+            (_, None) => open_file(&path, writable)?,
+            (_, Some(root)) => open_file(&root.join(&path), writable)?,
         };
-        self.below = path.parent().map(Path::to_path_buf).unwrap_or_default();
-        Ok(Arc::new(storage))
+        Ok((storage, path))
     }
 }
 
@@ -105,7 +127,7 @@ fn has_protocol(name: &str) -> bool {
 }
 
 /// Opens a file below a folder; the kernel refuses every way out of it, links included.
-fn open_beneath(root: &Path, path: &Path) -> Result<FileStorage> {
+fn open_beneath(root: &Path, path: &Path, writable: bool) -> Result<FileStorage> {
     let failed = |e: &io::Error| Error::io(IoOp::Open, 0, e);
     let mut options = std::fs::OpenOptions::new();
     options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC);
@@ -114,7 +136,8 @@ fn open_beneath(root: &Path, path: &Path) -> Result<FileStorage> {
         .map_err(|_| Error::Path { path: path.display().to_string(), why: "contains a zero byte" })?;
     // SAFETY: all-zero is a valid open_how.
     let mut how: libc::open_how = unsafe { std::mem::zeroed() };
-    how.flags = (libc::O_RDONLY | libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
+    let access = if writable { libc::O_RDWR } else { libc::O_RDONLY };
+    how.flags = (access | libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
     how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS;
     // SAFETY: valid descriptor, NUL-terminated name, and a struct of the size that is passed.
     let fd = unsafe {

@@ -52,9 +52,16 @@ impl Layer {
         }
     }
 
-    pub(super) fn file(&self) -> &HostFile {
+    /// Whether that file has its data in an external data file.
+    pub(super) fn has_data_file(&self) -> bool {
+        matches!(&self.content, Content::Qcow2 { tables, .. } if tables.external.is_some())
+    }
+
+    /// The file that plain data is in.
+    #[inline]
+    fn data_file(&self) -> &HostFile {
         match &self.content {
-            Content::Qcow2 { tables, .. } => &tables.file,
+            Content::Qcow2 { tables, .. } => tables.guest_file(),
             Content::Raw { file, .. } => file,
         }
     }
@@ -137,7 +144,7 @@ impl Chain {
         if let Content::Qcow2 { tables, .. } = &self.layers[0].content
             && let Some(host) = tables.mapped(offset, length_bytes, false)
         {
-            let got = tables.file.read(io, pieces, host).await?;
+            let got = tables.guest_file().read(io, pieces, host).await?;
             if (got as u64) < length_bytes {
                 zero_from(pieces, got);
             }
@@ -187,7 +194,7 @@ impl Chain {
     pub async fn fill<I: Io>(&self, io: &I, pieces: &[IoDst<'_>], offset: GuestOffset, extent: Extent) -> Result<()> {
         match extent.source {
             Source::Data(host) => {
-                let file = self.layers[extent.depth].file();
+                let file = self.layers[extent.depth].data_file();
                 let got = file.read(io, pieces, host).await.map_err(|e| self.at(extent.depth, e))?;
                 if (got as u64) < extent.length_bytes {
                     zero_from(pieces, got);

@@ -3,14 +3,16 @@
 //! Where everything goes is decided in `plan::new_image`. Everything but the first sector is written and made durable
 //! before that sector is: a crash leaves no file that opens as half an image.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::allocate::{allocate, write_zeroes};
+use super::data_file;
 use super::options::{CreateOptions, Preallocation};
 use super::progress::{Progress, ProgressFn};
 use crate::error::{Error, IoOp, Result};
 use crate::format::header::{
-    COMPATIBLE_LAZY_REFCOUNTS, Encryption, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_EXTENDED_L2, L1_ENTRIES_MAX,
+    COMPATIBLE_LAZY_REFCOUNTS, DATA_FILE_BYTES_MAX, Encryption, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_EXTENDED_L2,
+    L1_ENTRIES_MAX,
 };
 use crate::format::{BackingName, Compression, Geometry, Header, HostOffset, extension};
 use crate::plan::new_image::NewImage;
@@ -38,13 +40,23 @@ struct Plan {
     layout: NewImage,
     preallocation: Preallocation,
     header: Vec<u8>,
+    size_bytes: u64,
 }
 
 impl Plan {
-    fn new(size_bytes: u64, options: &CreateOptions) -> Result<Self> {
+    fn new(size_bytes: u64, options: &CreateOptions, is_external: bool) -> Result<Self> {
         let geometry = options.geometry()?;
+        data_file::check_new(options, is_external)?;
         let size_bytes = round_size(size_bytes, geometry)?;
-        let layout = NewImage::new(geometry, size_bytes, options.preallocation != Preallocation::Off);
+        if is_external && size_bytes > DATA_FILE_BYTES_MAX {
+            let what = "size of a disk with an external data file";
+            return Err(Error::TooLarge { what, limit: DATA_FILE_BYTES_MAX });
+        }
+        let preallocated = options.preallocation != Preallocation::Off;
+        let layout = match is_external {
+            false => NewImage::new(geometry, size_bytes, preallocated),
+            true => NewImage::with_external_data(geometry, size_bytes, preallocated),
+        };
         let cluster = geometry.cluster_size_bytes();
         if layout.refcount_table_clusters * cluster > TABLE_BYTES_MAX {
             return Err(Error::TooLarge { what: "the refcount table", limit: TABLE_BYTES_MAX });
@@ -52,8 +64,11 @@ impl Plan {
         if layout.total() > FILE_BYTES_MAX / cluster {
             return Err(Error::TooLarge { what: "the image file", limit: FILE_BYTES_MAX });
         }
-        let header = header(size_bytes, geometry, layout, options).encode()?;
-        Ok(Self { geometry, layout, preallocation: options.preallocation, header })
+        let mut header = header(size_bytes, geometry, layout, options);
+        if is_external {
+            data_file::describe(&mut header, options);
+        }
+        Ok(Self { geometry, layout, preallocation: options.preallocation, header: header.encode()?, size_bytes })
     }
 
     fn in_bytes(&self, clusters: u64) -> u64 {
@@ -117,15 +132,44 @@ pub async fn create_with_reporting<I: Io>(
     options: &CreateOptions,
     tell: Option<ProgressFn<'_>>,
 ) -> Result<()> {
-    let plan = Plan::new(size_bytes, options)?;
-    write_image(io, storage, &plan, tell).await
+    create_with_data_file(io, storage, None, size_bytes, options, tell).await
 }
 
-async fn write_image<I: Io>(io: &I, storage: &dyn Storage, plan: &Plan, tell: Option<ProgressFn<'_>>) -> Result<()> {
+/// As [`create_with_reporting`], with guest data in the storage `data`, of which nothing remains either.
+pub async fn create_with_data_file<I: Io>(
+    io: &I,
+    storage: &dyn Storage,
+    data: Option<&dyn Storage>,
+    size_bytes: u64,
+    options: &CreateOptions,
+    tell: Option<ProgressFn<'_>>,
+) -> Result<()> {
+    let plan = Plan::new(size_bytes, options, data.is_some())?;
+    let is_same = |data: &dyn Storage| {
+        std::ptr::addr_eq(data, storage) || data.identity().is_some_and(|identity| storage.identity() == Some(identity))
+    };
+    if data.is_some_and(is_same) {
+        return Err(Error::DataFileShared { name: options.data_file.clone().unwrap_or_default() });
+    }
+    write_image(io, storage, data, &plan, tell).await
+}
+
+async fn write_image<I: Io>(
+    io: &I,
+    storage: &dyn Storage,
+    external: Option<&dyn Storage>,
+    plan: &Plan,
+    tell: Option<ProgressFn<'_>>,
+) -> Result<()> {
     let truncate = |size| storage.truncate(size).map_err(|e| Error::io(IoOp::Truncate, size, &e));
-    let (data, end) = (plan.in_bytes(plan.layout.data_at()), plan.in_bytes(plan.layout.total()));
+    let (tables_end, end) = (plan.in_bytes(plan.layout.data_at()), plan.in_bytes(plan.layout.total()));
+    let (data_file, data) = match external {
+        Some(external) => (external, 0..plan.size_bytes),
+        None => (storage, tables_end..end),
+    };
     let has_space = matches!(plan.preallocation, Preallocation::Falloc | Preallocation::Full);
-    let progress = Progress::new(tell, if has_space { end } else { data } - plan.in_bytes(1));
+    let data_bytes = if has_space { data.end - data.start } else { 0 };
+    let progress = Progress::new(tell, tables_end - plan.in_bytes(1) + data_bytes);
     progress.advance(0)?;
     // Old contents first: what follows the header, and preallocated data, rely on zeroes. The empty file is made
     // durable, so that no old header can meet new tables.
@@ -133,10 +177,18 @@ async fn write_image<I: Io>(io: &I, storage: &dyn Storage, plan: &Plan, tell: Op
     flush(io, storage).await?;
     truncate(end)?;
     write_tables(io, storage, plan, &progress).await?;
+    if let Some(external) = external {
+        for size in [0, plan.size_bytes] {
+            external.truncate(size).map_err(|e| Error::io(IoOp::Truncate, size, &e))?;
+        }
+    }
     match plan.preallocation {
         Preallocation::Off | Preallocation::Metadata => {}
-        Preallocation::Falloc => allocate(io, storage, data, end - data, &progress).await?,
-        Preallocation::Full => write_zeroes(io, storage, data, end - data, &progress).await?,
+        Preallocation::Falloc => allocate(io, data_file, data.start, data_bytes, &progress).await?,
+        Preallocation::Full => write_zeroes(io, data_file, data.start, data_bytes, &progress).await?,
+    }
+    if let Some(external) = external {
+        flush(io, external).await?;
     }
     let (first, rest) = plan.header.split_at(plan.header.len().min(SECTOR_BYTES));
     if !rest.is_empty() {
@@ -190,19 +242,50 @@ pub fn create_reporting(
     overwrite: bool,
     tell: Option<ProgressFn<'_>>,
 ) -> Result<()> {
-    let plan = Plan::new(size_bytes, options)?;
-    let (file, made_here) = open_file(path, overwrite)?;
-    let storage = FileStorage::new(file);
-    // Not being able to lock is no reason to fail; that somebody uses the file is. The lock goes with the file.
-    if matches!(storage.lock(LockMode::Writer), Ok(false)) {
-        return Err(Error::Locked { name: path.display().to_string() });
+    let plan = Plan::new(size_bytes, options, options.data_file.is_some())?;
+    let file = NewFile::open(path, overwrite)?;
+    let data = data_file::path_for_new(path, options).map(|path| NewFile::open(&path, overwrite)).transpose()?;
+    if let Some(data) = &data
+        && data.storage.identity() == file.storage.identity()
+    {
+        return Err(Error::DataFileShared { name: data.path.display().to_string() });
     }
-    let result = block_on(write_image(&Blocking, &storage, &plan, tell));
-    if result.is_err() && made_here {
-        // The error of the creation is what the caller has to know; if this fails too, an empty file is left.
-        let _ = std::fs::remove_file(path);
+    let external = data.as_ref().map(|data| &data.storage as &dyn Storage);
+    block_on(write_image(&Blocking, &file.storage, external, &plan, tell))?;
+    data.into_iter().chain([file]).for_each(NewFile::keep);
+    Ok(())
+}
+
+/// A file that is being written to as a whole. If it was made here and is not completed, it goes away again.
+struct NewFile {
+    path: PathBuf,
+    storage: FileStorage,
+    goes_away: bool,
+}
+
+impl NewFile {
+    fn open(path: &Path, overwrite: bool) -> Result<Self> {
+        let (file, made_here) = open_file(path, overwrite)?;
+        let new = Self { path: path.to_path_buf(), storage: FileStorage::new(file), goes_away: made_here };
+        // Not being able to lock is no reason to fail; that somebody uses the file is. The lock goes with the file.
+        if matches!(new.storage.lock(LockMode::Writer), Ok(false)) {
+            return Err(Error::Locked { name: path.display().to_string() });
+        }
+        Ok(new)
     }
-    result
+
+    fn keep(mut self) {
+        self.goes_away = false;
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if self.goes_away {
+            // The error of the creation is what the caller has to know; if this fails too, an empty file is left.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 /// Opens the file to write to, and says whether it was made here.

@@ -34,7 +34,11 @@ impl Image {
         if self.status.any(CORRUPT) {
             return Ok(());
         }
-        match self.allocator.settle(io, tables, self.unmap).await {
+        let settled = match self.allocator.settle(io, tables, self.unmap).await {
+            Ok(()) => self.punch_holes(io).await,
+            Err(e) => Err(e),
+        };
+        match settled {
             Ok(()) => Ok(()),
             Err(e @ Error::Corrupt(_)) => Err(self.note_error(io, e).await),
             Err(e) => {
@@ -73,7 +77,11 @@ impl Image {
             if let Err(e) = self.store_bitmaps(io).await {
                 return Err(self.note_error(io, e).await);
             }
-            if let Err(e) = self.allocator.settle(io, tables, self.unmap).await {
+            let mut settled = self.allocator.settle(io, tables, self.unmap).await;
+            if settled.is_ok() {
+                settled = self.punch_holes(io).await;
+            }
+            if let Err(e) = settled {
                 return Err(self.note_error(io, e).await);
             }
             if tables.refcounts.with(|state| state.dirty_blocks()) > 0 {

@@ -3,11 +3,8 @@
 use std::fmt::Write;
 
 use super::bitmaps::BitmapInfo;
-use crate::format::header::{
-    AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, Encryption, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE,
-    INCOMPATIBLE_DIRTY,
-};
-use crate::format::{BackingName, Compression, Header, extension};
+use crate::format::header::{COMPATIBLE_LAZY_REFCOUNTS, Encryption, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
+use crate::format::{BackingName, Compression, Header};
 
 /// What is known about an image without looking at its tables or at the files that it refers to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,10 +72,9 @@ impl Info {
             encrypted: header.encryption != Encryption::None,
             compression: header.compression,
             backing: header.backing.clone(),
-            external_data_file: header.incompatible & INCOMPATIBLE_DATA_FILE != 0,
-            // A malformed name was refused with the header.
-            data_file: extension::data_file(&header.extensions).unwrap_or_default(),
-            data_file_raw: header.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0,
+            external_data_file: header.has_data_file(),
+            data_file: header.data_file_name(),
+            data_file_raw: header.data_file_is_raw(),
             snapshots: header.snapshots,
             bitmaps: Vec::new(),
             incompatible: header.incompatible,

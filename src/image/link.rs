@@ -54,8 +54,14 @@ impl Image {
         }
         let number = tables.order.number_change();
         reservation.keep();
-        let dropped = changes.iter().filter(|c| c.drops_data);
+        let is_external = tables.external.is_some();
+        let dropped = changes.iter().filter(|c| c.drops_data || is_external && c.released != Host::None);
         self.allocator.note_dropped(dropped.map(|c| geometry.guest_cluster(c.cluster_at)));
+        if is_external {
+            let left = changes.iter().filter(|c| c.released != Host::None && self.unmap);
+            self.allocator.note_holes(left.map(|c| geometry.guest_cluster(c.cluster_at)), number);
+            return Ok(());
+        }
         for change in changes.iter().filter(|c| c.released != Host::None) {
             self.allocator.release(change.released.clusters(geometry), number);
         }

@@ -32,6 +32,8 @@ pub struct MapExtent {
     pub kind: MapKind,
     /// Offset into that file, where a host cluster exists; for zeroes it is only preallocated.
     pub host_offset: Option<HostOffset>,
+    /// The host cluster is in that file's external data file.
+    pub in_data_file: bool,
 }
 
 impl Image {
@@ -53,6 +55,8 @@ impl Image {
             Source::Unallocated(host) => (MapKind::Unallocated, host),
             Source::Compressed(_) => (MapKind::Compressed, None),
         };
-        Ok(MapExtent { start: offset, length: extent.length_bytes, depth: extent.depth as u32, kind, host_offset })
+        let in_data_file = host_offset.is_some() && self.chain.layers[extent.depth].has_data_file();
+        let depth = extent.depth as u32;
+        Ok(MapExtent { start: offset, length: extent.length_bytes, depth, kind, host_offset, in_data_file })
     }
 }

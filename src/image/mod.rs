@@ -11,8 +11,10 @@ pub mod chain;
 pub mod check;
 mod compressed;
 pub mod create;
+mod data_file;
 mod detect;
 mod flush;
+mod holes;
 pub mod info;
 mod link;
 pub mod load;
@@ -21,6 +23,7 @@ mod open;
 pub mod options;
 mod own;
 pub mod progress;
+mod raw;
 mod read;
 mod rewrite;
 mod snapshot;
@@ -48,7 +51,7 @@ use snapshot::{OpenedSnapshot, OpenedSnapshots};
 use status::{CLOSED, CORRUPT, Counters, Status};
 
 pub use bitmaps::{BitmapExtent, BitmapInfo, BitmapOptions};
-pub use create::{create, create_reporting, create_with, create_with_reporting};
+pub use create::{create, create_reporting, create_with, create_with_data_file, create_with_reporting};
 pub use info::Info;
 pub use load::load_header;
 pub use map::{MapExtent, MapKind};
@@ -194,8 +197,8 @@ impl Image {
     pub fn poison(&self, why: &'static str) {
         self.status.poison(why);
         // Metadata that is waiting to be written, and requests under way, are stopped below.
-        if let Some(first) = self.chain.layers.first() {
-            first.file().stop_writes(why);
+        if !self.chain.layers.is_empty() {
+            self.active().stop_writes(why);
         }
     }
 

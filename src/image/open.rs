@@ -9,6 +9,7 @@ use super::backing::{Folder, open_file};
 use super::bitmaps::Bitmaps;
 use super::chain::{Chain, Content, Layer};
 use super::check::repair_dirty;
+use super::data_file::{self, DataSource};
 use super::load::load_header;
 use super::options::{
     BackingFormat, DetectZeroes, Discard, Locking, LogLevel, MissingFormat, OpenOptions, not_acceptable,
@@ -21,14 +22,15 @@ use crate::error::{Error, Result};
 use crate::format::Header;
 use crate::format::header::{AUTOCLEAR_BITMAPS, BackingName, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
 use crate::storage::lock::LockMode;
-use crate::storage::{Io, Storage};
+use crate::storage::{Identity, Io, Storage};
 use crate::tables::Tables;
+use crate::tables::external::ExternalData;
 use crate::tables::file::HostFile;
 use crate::wait::{Claims, Helpers};
 
 /// A file of the chain that has been accepted, before its tables are read.
 enum Accepted {
-    Qcow2 { name: String, file: HostFile, header: Box<Header> },
+    Qcow2 { name: String, file: HostFile, header: Box<Header>, data: Option<DataSource> },
     Raw { name: String, file: HostFile, size_bytes: u64 },
 }
 
@@ -36,7 +38,7 @@ impl Accepted {
     /// The image itself.
     fn image(storage: &Arc<dyn Storage>, header: &Header, options: &OpenOptions) -> Self {
         let file = HostFile::new(Arc::clone(storage)).without_flush(options.cache.no_flush);
-        Self::Qcow2 { name: String::new(), file, header: Box::new(header.clone()) }
+        Self::Qcow2 { name: String::new(), file, header: Box::new(header.clone()), data: None }
     }
 }
 
@@ -78,7 +80,7 @@ impl Image {
             (Locking::Shared, false) => Some(LockMode::SharingWriter),
             (Locking::Off, _) => None,
         };
-        let held = HeldLock::take(&storage, mode, &path.display().to_string(), options)?;
+        let mut held = HeldLock::take(&storage, mode, &path.display().to_string(), options)?;
         let header = load_header(io, &*storage).await?;
         let mut bits = if read_only { READ_ONLY } else { UNTOUCHED };
         if options.inspect {
@@ -103,11 +105,16 @@ impl Image {
             Vec::new()
         } else {
             let mut chain = accept_chain(io, Accepted::image(&storage, &header, options), folder, options).await?;
+            if let Some(Accepted::Qcow2 { data: Some(data), .. }) = chain.first() {
+                held.data_file = Some(Box::new(HeldLock::take(&data.storage, mode, &data.name, options)?));
+            }
             // Only now, when nothing but that keeps it from being opened.
             if header.incompatible & INCOMPATIBLE_DIRTY != 0 && !read_only {
                 header = repair_dirty(io, &storage, &header, options).await?;
                 check_usable(&header, &*storage)?;
-                chain[0] = Accepted::image(&storage, &header, options);
+                if let Accepted::Qcow2 { header: accepted, .. } = &mut chain[0] {
+                    **accepted = header.clone();
+                }
             }
             load_tables(io, chain, options).await?
         };
@@ -187,10 +194,12 @@ async fn accept_chain<I: Io>(
 ) -> Result<Vec<Accepted>> {
     let mut chain = vec![first];
     let mut seen = Vec::new();
-    while let Some(Accepted::Qcow2 { file, header, .. }) = chain.last() {
-        seen.extend(file.storage().identity());
-        let Some(backing) = header.backing.clone() else { break };
+    loop {
         let depth = chain.len() as u32 - 1;
+        let Some(Accepted::Qcow2 { file, header, data, .. }) = chain.last_mut() else { break };
+        seen.extend(file.storage().identity());
+        *data = find_data_file(header, depth, folder.as_ref(), &mut seen, options)?;
+        let Some(backing) = header.backing.clone() else { break };
         if depth >= options.backing_depth_max {
             return Err(Error::ChainTooDeep { limit: options.backing_depth_max });
         }
@@ -210,6 +219,31 @@ async fn accept_chain<I: Io>(
         chain.push(accepted.map_err(|e| Error::Backing { name: backing.name, source: Box::new(e) })?);
     }
     Ok(chain)
+}
+
+/// The external data file of a file of the chain, which must be none of the others.
+fn find_data_file(
+    header: &Header,
+    depth: u32,
+    folder: Option<&Folder>,
+    seen: &mut Vec<Identity>,
+    options: &OpenOptions,
+) -> Result<Option<DataSource>> {
+    let found = data_file::find(header, depth, folder, options)?;
+    if let Some(data) = &found {
+        let identity = data.storage.identity();
+        if identity.is_some_and(|identity| seen.contains(&identity)) {
+            return Err(Error::DataFileShared { name: data.name.clone() });
+        }
+        seen.extend(identity);
+        if data.opened_here && options.cache.direct {
+            avoid_page_cache(&*data.storage, &data.name)?;
+        }
+        if data.opened_here && depth > 0 {
+            lock_backing(&*data.storage, &data.name, options)?;
+        }
+    }
+    Ok(found)
 }
 
 fn backing_format(backing: &BackingName, options: &OpenOptions) -> Result<BackingFormat> {
@@ -273,11 +307,12 @@ fn take_lock(storage: &dyn Storage, mode: LockMode, name: &str, options: &OpenOp
     }
 }
 
-/// The lock on the image itself, given back when its last handle goes or the open fails: the storage may be the
+/// The lock on the image itself, and that on its external data file, given back when its last handle goes or the open fails: the storage may be the
 /// caller's.
 pub(super) struct HeldLock {
     storage: Arc<dyn Storage>,
     is_held: bool,
+    data_file: Option<Box<HeldLock>>,
 }
 
 impl HeldLock {
@@ -290,7 +325,7 @@ impl HeldLock {
         if let Some(mode) = mode {
             take_lock(&**storage, mode, name, options)?;
         }
-        Ok(Self { storage: storage.clone(), is_held: mode.is_some() })
+        Ok(Self { storage: storage.clone(), is_held: mode.is_some(), data_file: None })
     }
 }
 
@@ -315,7 +350,7 @@ async fn accept_backing<I: Io>(
     }
     let header = load_header(io, file.storage()).await?;
     check_usable(&header, file.storage())?;
-    Ok(Accepted::Qcow2 { name, file, header: Box::new(header) })
+    Ok(Accepted::Qcow2 { name, file, header: Box::new(header), data: None })
 }
 
 /// Reads the L1 tables. The image gets half of the L2 cache, or all of it if nothing lies under it; its backing files
@@ -331,16 +366,20 @@ async fn load_tables<I: Io>(io: &I, chain: Vec<Accepted>, options: &OpenOptions)
             Accepted::Raw { name, file, size_bytes } => {
                 Layer { name, content: Content::Raw { file: Arc::new(file), size_bytes } }
             }
-            Accepted::Qcow2 { name, file, header } => {
+            Accepted::Qcow2 { name, file, header, data } => {
                 let l2_bytes = if layers.is_empty() { own } else { below };
                 let compression = header.compression;
                 let loaded = Tables::load(io, file, &header, l2_bytes, options.refcount_cache_size).await;
-                let tables = Arc::new(match (loaded, layers.is_empty()) {
+                let mut tables = match (loaded, layers.is_empty()) {
                     (Ok(tables), _) => tables,
                     (Err(e), true) => return Err(e),
                     (Err(e), false) => return Err(Error::Backing { name, source: Box::new(e) }),
+                };
+                tables.external = data.map(|data| {
+                    let file = HostFile::new(data.storage).without_flush(options.cache.no_flush);
+                    ExternalData { file, is_raw: data.is_raw }
                 });
-                Layer { name, content: Content::Qcow2 { tables, compression } }
+                Layer { name, content: Content::Qcow2 { tables: Arc::new(tables), compression } }
             }
         };
         layers.push(layer);

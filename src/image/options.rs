@@ -55,13 +55,20 @@ impl BackingFormat {
     }
 }
 
-/// Finds backing files for the library, so that the caller decides what a name in an image may reach.
+/// Finds backing files and external data files for the library, so that the caller decides what a name in an image may reach.
 pub trait Resolver: Send + Sync {
     /// Opens the backing file that an image at `depth` (0: the image that was opened) names.
     fn resolve(&self, name: &str, format: BackingFormat, depth: u32) -> Result<Arc<dyn Storage>>;
+
+    /// Opens the external data file that an image at `depth` names, for writing too if `writable`.
+    fn resolve_data_file(&self, name: &str, writable: bool, depth: u32) -> Result<Arc<dyn Storage>> {
+        let _ = (writable, depth);
+        let hint = "the resolver knows no external data files; pass the storage yourself";
+        Err(Error::DataFileDenied { name: name.to_owned(), hint })
+    }
 }
 
-/// Which backing files the library may open by itself, by the names that images give.
+/// Which backing files and external data files the library may open by itself, by the names that images give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BackingPolicy {
     /// None.
@@ -175,7 +182,12 @@ pub struct OpenOptions {
     pub check_memory: u64,
     /// Backing files given by the caller, nearest first.
     pub backing_storages: Vec<Arc<dyn Storage>>,
-    /// Asked for every backing file that `backing_storages` does not give.
+    /// External data file of the image, instead of the one that it names. Counts as the caller's own word: `backing`
+    /// does not apply.
+    pub data_file: Option<String>,
+    /// External data files given by the caller, by the depth of the image that they belong to.
+    pub data_file_storages: Vec<Option<Arc<dyn Storage>>>,
+    /// Asked for every backing file that `backing_storages` does not give, and for external data files.
     pub resolver: Option<Arc<dyn Resolver>>,
     /// Receives log lines.
     pub log: Option<Logger>,
@@ -198,6 +210,8 @@ impl Default for OpenOptions {
             refcount_cache_size: 8 << 20,
             check_memory: MEMORY_BYTES_DEFAULT,
             backing_storages: Vec::new(),
+            data_file: None,
+            data_file_storages: Vec::new(),
             resolver: None,
             log: None,
         }
@@ -222,6 +236,8 @@ impl fmt::Debug for OpenOptions {
             .field("refcount_cache_size", &self.refcount_cache_size)
             .field("check_memory", &self.check_memory)
             .field("backing_storages", &self.backing_storages.len())
+            .field("data_file", &self.data_file)
+            .field("data_file_storages", &self.data_file_storages.iter().map(Option::is_some).collect::<Vec<_>>())
             .field("resolver", &self.resolver.is_some())
             .field("log", &self.log.is_some())
             .finish()
@@ -289,6 +305,10 @@ impl OpenOptions {
                     "unmap" => DetectZeroes::Unmap,
                     _ => return not_acceptable(key, value, "off, on or unmap"),
                 }
+            }
+            "data_file" => {
+                check_stored_name(key, value)?;
+                self.data_file = Some(value.to_owned());
             }
             "l2_cache_size" => self.l2_cache_size = parse_cache_size(key, value)?,
             "refcount_cache_size" => self.refcount_cache_size = parse_cache_size(key, value)?,
@@ -377,6 +397,11 @@ pub struct CreateOptions {
     pub backing_file: Option<String>,
     /// Format of the backing file; has to be given with it.
     pub backing_fmt: Option<BackingFormat>,
+    /// Name of the external data file that guest data goes to, stored as it is. Relative names start from the folder of
+    /// the image.
+    pub data_file: Option<String>,
+    /// The external data file is a raw image of the disk by itself, at every moment.
+    pub data_file_raw: bool,
     /// Method of compressed clusters.
     pub compression_type: Compression,
     /// What to allocate ahead.
@@ -393,6 +418,8 @@ impl Default for CreateOptions {
             lazy_refcounts: false,
             backing_file: None,
             backing_fmt: None,
+            data_file: None,
+            data_file_raw: false,
             compression_type: Compression::default(),
             preallocation: Preallocation::default(),
         }
@@ -421,9 +448,14 @@ impl CreateOptions {
             }
             "lazy_refcounts" => self.lazy_refcounts = parse_bool(key, value)?,
             "backing_file" => {
-                check_backing_name(value)?;
+                check_stored_name(key, value)?;
                 self.backing_file = Some(value.to_owned());
             }
+            "data_file" => {
+                check_stored_name(key, value)?;
+                self.data_file = Some(value.to_owned());
+            }
+            "data_file_raw" => self.data_file_raw = parse_bool(key, value)?,
             "backing_fmt" => match BackingFormat::from_name(value) {
                 Some(format) => self.backing_fmt = Some(format),
                 None => return not_acceptable(key, value, "qcow2 or raw"),
@@ -472,14 +504,28 @@ impl CreateOptions {
             if self.compression_type != Compression::Zlib {
                 return needs_v3("compression_type", "zstd", "zlib");
             }
+            if let Some(name) = &self.data_file {
+                return needs_v3("data_file", name, "no external data file");
+            }
         }
         self.check_backing()?;
+        self.check_data_file()?;
         Ok(Geometry {
             version: if self.compat == Compat::V2 { 2 } else { 3 },
             cluster_bits: size.trailing_zeros(),
             extended_l2: self.extended_l2,
             refcount_order: bits.trailing_zeros(),
         })
+    }
+
+    fn check_data_file(&self) -> Result<()> {
+        if let Some(name) = &self.data_file {
+            check_stored_name("data_file", name)?;
+        }
+        if self.data_file_raw && self.backing_file.is_some() {
+            return not_acceptable("data_file_raw", "on", "off with a backing file, of which a raw disk knows nothing");
+        }
+        Ok(())
     }
 
     fn check_backing(&self) -> Result<()> {
@@ -491,7 +537,7 @@ impl CreateOptions {
                 self.preallocation.name(),
                 "off with a backing file, unless extended_l2=on",
             ),
-            (Some(name), Some(_)) => check_backing_name(name),
+            (Some(name), Some(_)) => check_stored_name("backing_file", name),
             (Some(_), None) => not_acceptable(
                 "backing_fmt",
                 "",
@@ -515,12 +561,12 @@ fn is_refcount_width(bits: u32) -> bool {
 }
 
 /// The rules that a stored name has to keep so that every reader sees the same one.
-fn check_backing_name(name: &str) -> Result<()> {
+fn check_stored_name(key: &str, name: &str) -> Result<()> {
     if name.is_empty() || name.len() > BACKING_NAME_MAX {
-        return not_acceptable("backing_file", name, "a name of 1 to 1023 bytes");
+        return not_acceptable(key, name, "a name of 1 to 1023 bytes");
     }
     if name.chars().any(char::is_control) {
-        return not_acceptable("backing_file", &name.escape_debug().to_string(), "a name without control characters");
+        return not_acceptable(key, &name.escape_debug().to_string(), "a name without control characters");
     }
     Ok(())
 }
@@ -572,7 +618,7 @@ pub const OPTIONS: &[OptionInfo] = &[
     for_open("inspect", OptionKind::Bool, "off", "read-only, without opening backing files and without access to data"),
     for_open("snapshot", OptionKind::Text, "", "read-only, and the disk as this internal snapshot (id, or else name) has it"),
     for_open("backing", OptionKind::Choice(&["none", "relative", "any"]), "none",
-        "backing files to open by name: none, names relative to the image's folder, any path"),
+        "backing and data files to open by name: none, names relative to the image's folder, any path"),
     for_open("backing_fmt_missing", OptionKind::Choice(&["refuse", "raw"]), "refuse",
         "what to do about a backing file without a declared format"),
     for_open("backing_depth_max", OptionKind::Number, "200", "most backing files under the image"),
@@ -584,6 +630,9 @@ pub const OPTIONS: &[OptionInfo] = &[
         "whether discards and freed clusters give space back"),
     for_open("detect_zeroes", OptionKind::Choice(&["off", "on", "unmap"]), "off",
         "make zero entries of zeroes that are written as data; unmap: and let go of their host clusters"),
+    OptionInfo { key: "data_file", kind: OptionKind::Text, default: "", open: true, create: true,
+        help: "external data file: its name as stored (create), or the path to use instead of the stored one (open)" },
+    for_create("data_file_raw", OptionKind::Bool, "off", "keep the external data file valid as a raw image by itself"),
     for_open("l2_cache_size", OptionKind::Size, "32M", "memory for L2 tables"),
     for_open("refcount_cache_size", OptionKind::Size, "8M", "memory for refcount blocks"),
     for_open("check_memory", OptionKind::Size, "128M", "memory for the counters of a check, also of a dirty image opened to be written; at least 1M"),

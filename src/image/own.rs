@@ -78,7 +78,10 @@ impl Image {
                 value: at.0,
             }));
         }
-        l2_table::clear_copied(table, tables.geometry);
+        // With an external data file there are no snapshots, and an entry may be nothing but its COPIED flag.
+        if tables.external.is_none() {
+            l2_table::clear_copied(table, tables.geometry);
+        }
         Ok(())
     }
 

@@ -97,7 +97,7 @@ impl Image {
             self.check_range(offset, length)?;
             if let Some(host) = tables.mapped(offset, length, true) {
                 self.record(io, offset, length).await?;
-                tables.file.write(io, pieces, host).await?;
+                tables.guest_file().write(io, pieces, host).await?;
                 return Ok(false);
             }
         }
@@ -125,13 +125,19 @@ impl Image {
                 }
                 Found::Hit(Some((host, n))) if n == length => {
                     self.record(io, at, n).await?;
-                    tables.file.write(io, pieces, host).await?;
+                    tables.guest_file().write(io, pieces, host).await?;
                     n
                 }
                 Found::Hit(Some((host, n))) => {
                     self.record(io, at, n).await?;
-                    tables.file.write(io, cursor.take(n).as_slice(), host).await?;
+                    tables.guest_file().write(io, cursor.take(n).as_slice(), host).await?;
                     n
+                }
+                Found::Hit(None) if tables.is_raw() => {
+                    drop(pin);
+                    self.allocate_ahead(io, at).await?;
+                    allocated = true;
+                    continue;
                 }
                 Found::Hit(None) => {
                     drop(pin);
@@ -159,12 +165,15 @@ impl Image {
         let _claim = self.claim_clusters(io, at, length).await?;
         self.own_l2_table(io, tables.geometry.l1_index(at)).await?;
         let mut steps = plan_steps(io, tables, at, length).await?;
-        // What is filled in where a cluster of our own was zeroed must not meet a transfer from before that.
-        let filled = steps.iter().filter(|s| s.plan.target != Target::New && s.plan.next.is_some());
+        // What is filled in where a cluster of our own was zeroed must not meet a transfer from before that. (In an
+        // external data file a cluster comes back to its old place even when it was let go.)
+        let stays = |s: &&Step| s.plan.target != Target::New || tables.external.is_some();
+        let filled = steps.iter().filter(|s| stays(s) && s.plan.next.is_some());
         self.allocator.transfers_done(filled.map(|s| tables.geometry.guest_cluster(s.cluster_at))).await;
         let new = steps.iter().filter(|s| s.plan.target == Target::New).count() as u64;
-        let reservation = self.allocator.reserve(io, tables, new).await?;
-        assign_hosts(&mut steps, &reservation);
+        let counted = if tables.external.is_some() { 0 } else { new };
+        let reservation = self.allocator.reserve(io, tables, counted).await?;
+        assign_hosts(&mut steps, &reservation, tables);
         let copies = self.fetch_copies(io, &steps).await?;
         let written = self.write_steps(io, &steps, payload.as_slice(), &copies).await?;
         self.link(io, &steps, reservation, written).await?;
@@ -225,7 +234,7 @@ impl Image {
             let at = tables.geometry.host_offset(step.host).plus(step.plan.io.start);
             if at != end {
                 if start != end {
-                    tables.file.write(io, batch.as_slice(), start).await?;
+                    tables.guest_file().write(io, batch.as_slice(), start).await?;
                 }
                 batch.clear();
                 start = at;
@@ -238,7 +247,7 @@ impl Image {
             batch.push(IoSrc::from(tail));
             end = at.plus(step.plan.io.len());
         }
-        tables.file.write(io, batch.as_slice(), start).await?;
+        tables.guest_file().write(io, batch.as_slice(), start).await?;
         Ok(Written(()))
     }
 
@@ -276,10 +285,10 @@ async fn plan_steps<I: Io>(io: &I, tables: &Tables, at: GuestOffset, length: u64
     Ok(steps)
 }
 
-fn assign_hosts(steps: &mut [Step], reservation: &Reservation<'_>) {
+fn assign_hosts(steps: &mut [Step], reservation: &Reservation<'_>, tables: &Tables) {
     let mut clusters = reservation.clusters();
     for step in steps.iter_mut().filter(|s| s.plan.target == Target::New) {
-        if let Some(cluster) = clusters.next() {
+        if let Some(cluster) = tables.fixed_host(step.cluster_at).or_else(|| clusters.next()) {
             step.host = cluster;
         }
     }

@@ -75,6 +75,9 @@ impl Image {
         length: u64,
         flags: ZeroFlags,
     ) -> Result<()> {
+        if self.active().is_raw() {
+            return self.zero_raw(io, offset, length, flags.may_unmap, !flags.no_fallback).await;
+        }
         let (mut at, end) = (offset, offset.0 + length);
         while at.0 < end {
             let n = split(self.active().geometry, at, end - at.0);
@@ -189,6 +192,9 @@ impl Image {
 
     async fn discard_range<I: Io>(&self, io: &I, offset: GuestOffset, length: u64) -> Result<()> {
         let tables = self.active();
+        if tables.is_raw() {
+            return self.zero_raw(io, offset, length, true, true).await;
+        }
         let (mut at, end) = (offset, offset.0 + length);
         while at.0 < end {
             let n = split(tables.geometry, at, end - at.0);

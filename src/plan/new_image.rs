@@ -18,12 +18,22 @@ pub struct NewImage {
     l1_clusters: u64,
     l2_tables: u64,
     data_clusters: u64,
+    is_external: bool, // the data is in a file of its own
 }
 
 impl NewImage {
     /// The smallest layout for a disk of `size_bytes` (at most 2^62) whose refcount blocks count all clusters of it,
     /// themselves included. With `preallocated`, every guest cluster has a host cluster from the beginning.
     pub fn new(geometry: Geometry, size_bytes: u64, preallocated: bool) -> Self {
+        Self::with_data(geometry, size_bytes, preallocated, false)
+    }
+
+    /// As [`NewImage::new`], with guest data in an external data file, where each guest cluster is at its guest offset.
+    pub fn with_external_data(geometry: Geometry, size_bytes: u64, preallocated: bool) -> Self {
+        Self::with_data(geometry, size_bytes, preallocated, true)
+    }
+
+    fn with_data(geometry: Geometry, size_bytes: u64, preallocated: bool, is_external: bool) -> Self {
         let l1_entries = geometry.l1_entries_for(size_bytes);
         let mut layout = Self {
             geometry,
@@ -32,6 +42,7 @@ impl NewImage {
             l1_clusters: geometry.clusters_for(l1_entries * 8),
             l2_tables: if preallocated { l1_entries } else { 0 },
             data_clusters: if preallocated { geometry.clusters_for(size_bytes) } else { 0 },
+            is_external,
         };
         loop {
             // Both only grow, and each by less than what made it grow: this ends.
@@ -46,7 +57,7 @@ impl NewImage {
 
     /// All clusters of the image.
     pub fn total(self) -> u64 {
-        self.data_at() + self.data_clusters
+        self.data_at() + if self.is_external { 0 } else { self.data_clusters }
     }
 
     fn blocks_at(self) -> u64 {
@@ -103,7 +114,8 @@ impl NewImage {
         for (guest, place) in
             (first..self.data_clusters).zip(bytes.chunks_exact_mut(geometry.l2_entry_bytes() as usize))
         {
-            let host = Host::Cluster { cluster: HostCluster(self.data_at() + guest), copied: true };
+            let first_data = if self.is_external { 0 } else { self.data_at() };
+            let host = Host::Cluster { cluster: HostCluster(first_data + guest), copied: true };
             let alloc = u32::from(!geometry.extended_l2);
             let entry = L2Entry::encode(ClusterState { host, alloc, zero: 0 }, geometry);
             // A standard entry has no room for the bitmap.

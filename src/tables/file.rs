@@ -9,7 +9,8 @@ use crate::storage::{Io, IoDst, IoSrc, Storage};
 
 /// Why a handle writes nothing more after a failed flush: the kernel may have dropped the dirty pages, so that a
 /// later fdatasync would succeed without having written them.
-const FLUSH_FAILED: &str = "an earlier flush to disk failed, and what it should have made durable is unknown";
+pub(super) const FLUSH_FAILED: &str =
+    "an earlier flush to disk failed, and what it should have made durable is unknown";
 
 /// An open image file.
 pub struct HostFile {
@@ -69,6 +70,14 @@ impl HostFile {
             let punched = io.punch_hole(&*self.storage, offset.0, length).await;
             self.cannot_punch.fetch_or(punched.is_err(), Ordering::Relaxed);
         }
+    }
+
+    /// Makes a range read as zeroes by giving up its space. `false`: the storage cannot do that, and what the range reads
+    /// as is old or zero.
+    pub async fn zero_by_punching<I: Io>(&self, io: &I, offset: HostOffset, length: u64) -> Result<bool> {
+        self.check_writes()?;
+        self.punch_hole(io, offset, length).await;
+        Ok(!self.cannot_punch.load(Ordering::Relaxed))
     }
 
     /// Makes all completed writes durable. A failure is final for this handle.

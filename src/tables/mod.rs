@@ -1,6 +1,7 @@
 //! The mapping tables of one image file: L1, cached L2 slices, cached refcount blocks, and the order in which their
 //! changes reach the disk ([`order`]).
 
+pub mod external;
 pub mod file;
 pub mod l1;
 pub mod l2;
@@ -19,6 +20,7 @@ use crate::plan::{Span, subcluster_mask};
 use crate::storage::{Io, IoDst};
 use crate::wait::Claims;
 
+use external::ExternalData;
 use file::HostFile;
 use l1::L1Table;
 use l2::{L2Slices, SliceView};
@@ -42,8 +44,10 @@ pub enum Found<T> {
 pub struct Tables {
     /// Shape of the image.
     pub geometry: Geometry,
-    /// The file itself.
+    /// The image file.
     pub file: HostFile,
+    /// The file that guest clusters are in, if that is another one.
+    pub external: Option<ExternalData>,
     /// The active L1 table.
     pub l1: L1Table,
     /// Cached L2 slices.
@@ -110,6 +114,7 @@ impl Tables {
             size_bytes: AtomicU64::new(header.size_bytes),
             metadata: Default::default(),
             file,
+            external: None,
             l1,
         };
         tables.note_metadata(header);
@@ -160,7 +165,12 @@ impl Tables {
         let index = geometry.entry_in_slice(offset);
         let entry = self.l2.look(geometry.slice_index(offset), |view| view.entry(index))?;
         let (first, last) = (geometry.subcluster_of(start), geometry.subcluster_of(start + length - 1));
-        let host = entry.plain_host(geometry, subcluster_mask(first, last), in_place)?;
+        let touched = subcluster_mask(first, last);
+        if self.external.is_some() {
+            let is_plain = entry.is_plain_external(geometry, geometry.guest_cluster(offset), touched);
+            return is_plain.then_some(HostOffset(offset.0));
+        }
+        let host = entry.plain_host(geometry, touched, in_place)?;
         if in_place && self.is_metadata(geometry.host_cluster(host)) {
             return None;
         }
@@ -199,7 +209,8 @@ impl Tables {
     /// header or the tables, wherever a damaged entry points.
     #[inline]
     fn is_ours(&self, state: &ClusterState) -> bool {
-        matches!(state.host, Host::Cluster { cluster, copied: true } if !self.is_metadata(cluster))
+        let reaches_tables = |cluster| self.external.is_none() && self.is_metadata(cluster);
+        matches!(state.host, Host::Cluster { cluster, copied: true } if !reaches_tables(cluster))
     }
 
     /// Whether a cluster is the header's, the L1, refcount or snapshot table's. Once the refcount table has moved, its
@@ -237,7 +248,7 @@ impl Tables {
             let mut joined = Run { source: Source::Unallocated(None), length_bytes: 0 };
             let mut at = offset;
             while joined.length_bytes < max {
-                let step = scan_cluster(geometry, view, at, max - joined.length_bytes, &joined, &accept)?;
+                let step = self.scan_cluster(view, at, max - joined.length_bytes, &joined, &accept)?;
                 let ControlFlow::Continue(run) = step else { break };
                 if joined.length_bytes == 0 {
                     joined.source = run.source;
@@ -265,9 +276,11 @@ impl Tables {
         let entry = self.l2.look(slice, |view| view.entry(self.geometry.entry_in_slice(offset)));
         let Some(entry) = entry else { return Ok(Found::Miss(slice)) };
         let mut state =
-            entry.decode(self.geometry).map_err(|kind| self.corrupt_entry(kind, offset, entry.descriptor))?;
+            self.decode(entry, offset).map_err(|kind| self.corrupt_entry(kind, offset, entry.descriptor))?;
         // Not only where it would be overwritten: what a write replaces is released, and perhaps punched.
-        if state.host.clusters(self.geometry).any(|cluster| self.is_metadata(HostCluster(cluster))) {
+        if self.external.is_none()
+            && state.host.clusters(self.geometry).any(|cluster| self.is_metadata(HostCluster(cluster)))
+        {
             return Err(self.corrupt_entry(CorruptionKind::ClusterInMetadata, offset, entry.descriptor));
         }
         if let Host::Cluster { copied, .. } = &mut state.host {
@@ -332,36 +345,37 @@ impl Tables {
 
 type BadEntry = (CorruptionKind, GuestOffset, u64);
 
-/// One step of [`Tables::scan`]: the run at `at`, or the end of the joined run.
-#[inline]
-fn scan_cluster(
-    geometry: Geometry,
-    view: &SliceView<'_>,
-    at: GuestOffset,
-    max: u64,
-    joined: &Run,
-    accept: impl Fn(&ClusterState) -> bool,
-) -> std::result::Result<ControlFlow<(), Run>, BadEntry> {
-    let is_first = joined.length_bytes == 0;
-    let entry = view.entry(geometry.entry_in_slice(at));
-    let state = match entry.decode(geometry) {
-        Ok(state) => state,
-        Err(kind) if is_first => return Err((kind, at, entry.descriptor)),
-        Err(_) => return Ok(ControlFlow::Break(())), // whoever asks for that cluster gets the error
-    };
-    if !accept(&state) {
-        return Ok(ControlFlow::Break(()));
-    }
-    let start = geometry.in_cluster(at);
-    let end = geometry.cluster_size_bytes().min(start.saturating_add(max));
-    let run = run_at(geometry, state, Span { start, end });
-    if !is_first && !continues(joined, &run) {
-        return Ok(ControlFlow::Break(()));
-    }
-    Ok(ControlFlow::Continue(run))
-}
-
 impl Tables {
+    /// One step of [`Tables::scan`]: the run at `at`, or the end of the joined run.
+    #[inline]
+    fn scan_cluster(
+        &self,
+        view: &SliceView<'_>,
+        at: GuestOffset,
+        max: u64,
+        joined: &Run,
+        accept: impl Fn(&ClusterState) -> bool,
+    ) -> std::result::Result<ControlFlow<(), Run>, BadEntry> {
+        let geometry = self.geometry;
+        let is_first = joined.length_bytes == 0;
+        let entry = view.entry(geometry.entry_in_slice(at));
+        let state = match self.decode(entry, at) {
+            Ok(state) => state,
+            Err(kind) if is_first => return Err((kind, at, entry.descriptor)),
+            Err(_) => return Ok(ControlFlow::Break(())), // whoever asks for that cluster gets the error
+        };
+        if !accept(&state) {
+            return Ok(ControlFlow::Break(()));
+        }
+        let start = geometry.in_cluster(at);
+        let end = geometry.cluster_size_bytes().min(start.saturating_add(max));
+        let run = run_at(geometry, state, Span { start, end });
+        if !is_first && !continues(joined, &run) {
+            return Ok(ControlFlow::Break(()));
+        }
+        Ok(ControlFlow::Continue(run))
+    }
+
     /// Publishes a new L2 table in memory. What is cached of the old one is forgotten: its COPIED flags meant nothing.
     /// Forgotten FIRST: whoever sees that the table is ours believes the flags, and links into the cached slice.
     pub async fn replace_table(&self, index: L1Index, entry: u64) {

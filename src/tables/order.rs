@@ -5,6 +5,7 @@
 //!             every reference in the slices (M3), whatever goes on meanwhile
 //! write       refcount blocks (raised counts; lowered ones only after step 4 of an earlier pass)
 //! BARRIER 1   data, copied data, new L2 tables and refcounts are durable           O1 O2
+//!             (of an external data file too: it is made durable first, whether it was written to or not)
 //! [publish    new refcount blocks in the refcount table, or the header's pointer to a table that moved (the table
 //!             itself is written between the two, with a barrier of its own)
 //!  BARRIER    they are reachable]                       only if there are any        D2
@@ -18,6 +19,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Tables;
+use super::file::FLUSH_FAILED;
 use super::l1::DirtyL1;
 use super::l2::DirtySlices;
 use super::refcounts::DirtyRefcounts;
@@ -82,6 +84,7 @@ impl<'a> Pass<'a> {
         Self { tables, slices, l1, refcounts, through, succeeded: false }
     }
 
+    /// Whether anything becomes visible that may show guest data.
     fn has_entries(&self) -> bool {
         !self.slices.is_empty() || !self.l1.sectors.is_empty()
     }
@@ -90,6 +93,9 @@ impl<'a> Pass<'a> {
     async fn write<I: Io>(&self, io: &I) -> Result<()> {
         let Tables { file, refcounts, l1, geometry, .. } = self.tables;
         refcounts.write_blocks(io, file, &self.refcounts).await?;
+        if self.has_entries() {
+            self.tables.external_barrier(io).await?;
+        }
         if self.has_entries() || self.refcounts.publishes() {
             self.tables.barrier(io).await?;
         }
@@ -112,7 +118,7 @@ impl Tables {
     /// be lost.
     pub async fn write_back<I: Io>(&self, io: &I) -> Result<()> {
         let _gate = self.order.gate.claim(0..1).await;
-        self.pass(io).await
+        self.pass(io).await.map(drop)
     }
 
     /// Makes everything durable that was acknowledged before the call (O7). Flushes that wait for a running one
@@ -125,7 +131,9 @@ impl Tables {
             return Ok(()); // a flush that started after this call has succeeded
         }
         let number = order.flushes_started.fetch_add(1, Ordering::SeqCst) + 1;
-        self.pass(io).await?;
+        if !self.pass(io).await? {
+            self.external_barrier(io).await?;
+        }
         self.barrier(io).await?;
         order.flushes_done.store(number, Ordering::SeqCst);
         Ok(())
@@ -137,17 +145,21 @@ impl Tables {
         self.barrier(io).await
     }
 
-    async fn pass<I: Io>(&self, io: &I) -> Result<()> {
+    /// One pass. Returns whether it has made an external data file durable as it stood after the pass began.
+    pub(super) async fn pass<I: Io>(&self, io: &I) -> Result<bool> {
         let mut pass = Pass::collect(self);
         pass.write(io).await?;
         pass.succeeded = true;
         self.order.written_through.fetch_max(pass.through, Ordering::SeqCst);
-        Ok(())
+        Ok(pass.has_entries())
     }
 
-    async fn barrier<I: Io>(&self, io: &I) -> Result<()> {
+    pub(super) async fn barrier<I: Io>(&self, io: &I) -> Result<()> {
         let written = self.order.written_through.load(Ordering::SeqCst);
-        self.file.barrier(io).await?;
+        if let Err(e) = self.file.barrier(io).await {
+            self.stop_writes(FLUSH_FAILED);
+            return Err(e);
+        }
         self.order.durable_through.fetch_max(written, Ordering::SeqCst);
         Ok(())
     }

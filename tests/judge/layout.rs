@@ -26,6 +26,8 @@ pub struct Entry {
 pub enum Place {
     /// A sector of the host file.
     Host(u64),
+    /// A sector of the external data file.
+    External(u64),
     Zero,
     /// Not allocated here: the backing file, or zeroes.
     Backing,
@@ -36,6 +38,8 @@ pub enum Place {
 /// A parsed header and the bytes behind it. Tree 0 is the active one, then the snapshots.
 pub struct Layout<'a> {
     pub image: &'a DiskImage,
+    /// The external data file, if guest data is in one.
+    pub data: Option<&'a DiskImage>,
     pub version: u32,
     pub cluster_bits: u32,
     pub extended: bool,
@@ -61,6 +65,12 @@ fn word32(bytes: &[u8], at: usize) -> u32 {
 impl<'a> Layout<'a> {
     /// Reads the header and the snapshot table.
     pub fn parse(image: &'a DiskImage) -> Result<Self, String> {
+        static NOTHING: DiskImage = DiskImage { bytes: Vec::new(), size: 0 };
+        Self::parse_files([image, &NOTHING])
+    }
+
+    /// As [`parse`](Self::parse), for an image that may have an external data file.
+    pub fn parse_files([image, data]: [&'a DiskImage; 2]) -> Result<Self, String> {
         let bytes = &image.bytes[..];
         let long = |at: usize| u64::from(word32(bytes, at)) << 32 | u64::from(word32(bytes, at + 4));
         if image.size < 104 || word32(bytes, 0) != 0x5146_49fb {
@@ -71,6 +81,7 @@ impl<'a> Layout<'a> {
         let incompatible = if v3 { long(72) } else { 0 };
         let mut layout = Self {
             image,
+            data: (incompatible & 4 != 0).then_some(data),
             version,
             cluster_bits: word32(bytes, 20),
             extended: incompatible & 16 != 0,
@@ -161,9 +172,9 @@ impl<'a> Layout<'a> {
         match () {
             () if descriptor & 0x3f00_0000_0000_01fe != 0 => Some("reserved bits"),
             () if descriptor & 1 == 1 && (self.extended || self.version == 2) => Some("zero flag where there is none"),
-            () if host == 0 && copied => Some("COPIED without a host cluster"),
+            () if host == 0 && copied && self.data.is_none() => Some("COPIED without a host cluster"),
             () if alloc & zero != 0 => Some("a subcluster is allocated and zero"),
-            () if alloc != 0 && host == 0 => Some("an allocated subcluster without a host cluster"),
+            () if alloc != 0 && host == 0 && !copied => Some("an allocated subcluster without a host cluster"),
             () => None,
         }
     }
@@ -231,14 +242,17 @@ impl<'a> Layout<'a> {
         if self.extended {
             let subcluster = within * 32 / per_cluster;
             return match (bitmap >> subcluster & 1, bitmap >> (32 + subcluster) & 1) {
+                (1, _) if self.data.is_some() => Place::External(sector),
                 (0, 0) => Place::Backing,
                 (1, _) => host,
                 _ => Place::Zero,
             };
         }
         match descriptor & 0x00ff_ffff_ffff_fe01 {
+            0 if self.data.is_some() && descriptor >> 63 == 1 => Place::External(sector),
             0 => Place::Backing,
             word if word & 1 == 1 => Place::Zero,
+            _ if self.data.is_some() => Place::External(sector),
             _ => host,
         }
     }
@@ -252,6 +266,12 @@ impl<'a> Layout<'a> {
             Place::Host(sector) => {
                 let at = sector as usize * 512;
                 if let Some(bytes) = self.image.bytes.get(at..at + 512) {
+                    out.copy_from_slice(bytes);
+                }
+            }
+            Place::External(sector) => {
+                let at = sector as usize * 512;
+                if let Some(bytes) = self.data.and_then(|data| data.bytes.get(at..at + 512)) {
                     out.copy_from_slice(bytes);
                 }
             }

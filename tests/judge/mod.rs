@@ -222,7 +222,7 @@ impl Judge {
         if let Some(why) = layout.malformed(Entry { descriptor, bitmap }) {
             self.bad(format!("D6: L2 entry 0x{descriptor:016x}/0x{bitmap:016x} at 0x{place:x}: {why}"));
         }
-        if descriptor >> 62 & 1 == 1 {
+        if descriptor >> 62 & 1 == 1 && layout.data.is_none() {
             let (offset, bytes) = layout.compressed_extent(descriptor);
             if offset >= layout.image.size {
                 return self.bad(format!("D2: compressed cluster 0x{offset:x} is past the end of the file"));
@@ -233,6 +233,18 @@ impl Judge {
             return;
         }
         let host = descriptor & 0x00ff_ffff_ffff_fe00;
+        if layout.data.is_some() {
+            // Not counted, and each cluster has its own place.
+            if descriptor >> 62 != 0 && (descriptor >> 62 & 1 == 1 || host != guest_cluster * layout.cluster()) {
+                self.bad(format!("D6: L2 entry 0x{descriptor:016x} at 0x{place:x} of guest cluster {guest_cluster} leads elsewhere in the data file"));
+            }
+            if host != 0 && descriptor >> 63 == 0 {
+                self.bad(format!(
+                    "D4: L2 entry 0x{descriptor:016x} at 0x{place:x} is allocated in the data file without COPIED"
+                ));
+            }
+            return;
+        }
         if host == 0 {
             return;
         }

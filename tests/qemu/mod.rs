@@ -40,10 +40,22 @@ pub fn dir(name: &str) -> Option<Dir> {
     None
 }
 
+/// A tool that runs in the folder of the first file that it is told of: QEMU looks for external data files from where
+/// it runs, not from where the image is.
+fn tool(name: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(name);
+    let folder = args.iter().find(|arg| arg.starts_with('/')).and_then(|path| std::path::Path::new(path).parent());
+    if let Some(folder) = folder.filter(|folder| folder.is_dir()) {
+        command.current_dir(folder);
+    }
+    command.args(args);
+    command
+}
+
 /// Runs qemu-img; returns what it printed.
 #[track_caller]
 pub fn img(args: &[&str]) -> String {
-    let out = Command::new("qemu-img").args(args).output().unwrap();
+    let out = tool("qemu-img", args).output().unwrap();
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(out.status.success(), "qemu-img {args:?}: {text}{}", String::from_utf8_lossy(&out.stderr));
     text
@@ -52,12 +64,10 @@ pub fn img(args: &[&str]) -> String {
 /// Runs qemu-io commands on a qcow2 image in one process.
 #[track_caller]
 pub fn io(path: &str, commands: &[&str]) -> String {
-    let mut command = Command::new("qemu-io");
-    command.args(["-f", "qcow2"]);
-    for c in commands {
-        command.args(["-c", c]);
-    }
-    let out = command.arg(path).output().unwrap();
+    let mut args = vec!["-f", "qcow2"];
+    args.extend(commands.iter().flat_map(|command| ["-c", command]));
+    args.push(path);
+    let out = tool("qemu-io", &args).output().unwrap();
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     let failed = !out.status.success() || text.contains("failed") || text.contains("rror");
     assert!(!failed, "qemu-io {commands:?}: {text}{}", String::from_utf8_lossy(&out.stderr));
@@ -67,7 +77,7 @@ pub fn io(path: &str, commands: &[&str]) -> String {
 /// `qemu-img check`: errors and leaks are both wrong unless `leaks_allowed`.
 #[track_caller]
 pub fn check(path: &str, leaks_allowed: bool) {
-    let out = Command::new("qemu-img").args(["check", "-f", "qcow2", path]).output().unwrap();
+    let out = tool("qemu-img", &["check", "-f", "qcow2", path]).output().unwrap();
     let code = out.status.code();
     let ok = code == Some(0) || leaks_allowed && code == Some(3);
     let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);

@@ -20,10 +20,45 @@ pub struct Case {
     pub compressed: bool,
     /// KiB written beforehand, so that the refcount structures are about to grow.
     pub prefill_kib: u64,
+    pub data_file: Option<DataFile>,
 }
 
-const PLAIN: Case =
-    Case { name: "", cluster_bits: 16, options: "", backing: false, snapshots: 0, compressed: false, prefill_kib: 0 };
+/// An external data file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DataFile {
+    /// What the tables do not show is rubbish.
+    Plain,
+    /// It is a raw image by itself; made by QEMU, which allocates all of it.
+    Raw,
+    /// The same made by the library, which does not.
+    RawByUs,
+}
+
+const PLAIN: Case = Case {
+    name: "",
+    cluster_bits: 16,
+    options: "",
+    backing: false,
+    snapshots: 0,
+    compressed: false,
+    prefill_kib: 0,
+    data_file: None,
+};
+
+/// The kinds of images with an external data file.
+pub fn data_file_cases() -> Vec<Case> {
+    let case = |name, cluster_bits, options, file| Case { name, cluster_bits, options, data_file: Some(file), ..PLAIN };
+    vec![
+        case("512 B, data file", 9, "", DataFile::Plain),
+        Case { backing: true, ..case("4 KiB, data file, backing", 12, "", DataFile::Plain) },
+        Case { backing: true, ..case("16 KiB, extended, data file, backing", 14, "extended_l2=on", DataFile::Plain) },
+        case("64 KiB, extended, data file", 16, "extended_l2=on", DataFile::Plain),
+        case("512 B, raw data file", 9, "", DataFile::RawByUs),
+        case("4 KiB, raw data file by QEMU", 12, "", DataFile::Raw),
+        case("16 KiB, extended, raw data file by QEMU", 14, "extended_l2=on", DataFile::Raw),
+        case("16 KiB, extended, raw data file", 14, "extended_l2=on", DataFile::RawByUs),
+    ]
+}
 
 /// The kinds of images that the simulated tests run over.
 pub fn cases() -> Vec<Case> {
@@ -53,6 +88,9 @@ pub fn cases() -> Vec<Case> {
 #[derive(Clone)]
 pub struct Start {
     pub image: DiskImage,
+    /// The external data file; nothing where there is none.
+    pub data: DiskImage,
+    pub data_file: Option<DataFile>,
     pub backing: Option<Arc<MemoryStorage>>,
     backing_bytes: Rc<Vec<u8>>,
     pub cluster: u64,
@@ -89,13 +127,23 @@ impl Case {
             args.extend(["-b", &base, "-F", "raw"]);
         }
         args.extend([&path[..], &size]);
-        qemu::img(&args);
+        let data_path = dir.path("start.data");
+        if self.data_file.is_some() {
+            let _ = std::fs::remove_file(&path);
+            let _ = std::fs::remove_file(&data_path);
+            self.make_with_data_file(&path, &data_path, guest_size, &base);
+        } else {
+            qemu::img(&args);
+        }
         self.populate(&path, &hot, cluster, prefilled);
         let image = DiskImage::new(std::fs::read(&path).unwrap());
+        let data = if self.data_file.is_some() { std::fs::read(&data_path).unwrap() } else { Vec::new() };
         let hot_sectors: Vec<u64> =
             hot.iter().flat_map(|c| c * cluster / 512..((c + 1) * cluster).min(guest_size) / 512).collect();
         let mut start = Start {
             image: DiskImage::default(),
+            data: DiskImage::new(data),
+            data_file: self.data_file,
             backing: self.backing.then(|| Arc::new(MemoryStorage::new(backing_bytes.clone()))),
             backing_bytes: Rc::new(backing_bytes),
             cluster,
@@ -107,7 +155,27 @@ impl Case {
         };
         start.snapshots = (1..=self.snapshots as usize).map(|tree| start.contents(&image, tree)).collect();
         start.image = image;
+        if self.data_file == Some(DataFile::Plain) {
+            start.fill_with_rubbish();
+        }
         start
+    }
+
+    fn make_with_data_file(&self, path: &str, data_path: &str, size: u64, base: &str) {
+        let raw = if self.data_file == Some(DataFile::Plain) { "off" } else { "on" };
+        let cluster_size = (1u64 << self.cluster_bits).to_string();
+        let mut settings = vec![("cluster_size", &cluster_size[..]), ("data_file", data_path), ("data_file_raw", raw)];
+        settings.extend(self.options.split(',').filter_map(|setting| setting.split_once('=')));
+        if self.backing {
+            settings.extend([("backing_file", base), ("backing_fmt", "raw")]);
+        }
+        if self.data_file == Some(DataFile::RawByUs) {
+            let mut options = qcow2::CreateOptions::default();
+            settings.iter().for_each(|(key, value)| options.set(key, value).unwrap());
+            return qcow2::image::create(std::path::Path::new(path), size, &options, false).unwrap();
+        }
+        let settings: Vec<String> = settings.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        qemu::img(&["create", "-q", "-f", "qcow2", "-o", &settings.join(","), path, &size.to_string()]);
     }
 
     /// Old contents: data in some hot clusters, snapshots between them, compressed clusters.
@@ -121,6 +189,24 @@ impl Case {
             let commands = [hot[1], hot[2], hot[4]].map(|c| write("-c", 20 + (c % 7) as u32, c * cluster, cluster));
             qemu::io(path, &commands.each_ref().map(|c| &c[..]));
         }
+        if self.data_file.is_some() {
+            let part = write("", 50, hot[3] * cluster + cluster / 2, cluster / 4 + 128);
+            let commands = [
+                write("", 40, hot[0] * cluster, cluster),
+                part,
+                write("", 60, hot[5] * cluster, cluster),
+                write("", 61, hot[1] * cluster, 2 * cluster),
+            ];
+            qemu::io(path, &commands.each_ref().map(|c| &c[..]));
+            // QEMU leaves the older bytes where they are, unless the file has to be raw.
+            qemu::io(
+                path,
+                &[
+                    &format!("write -q -z {} {cluster}", hot[1] * cluster),
+                    &format!("discard -q {} {cluster}", hot[2] * cluster),
+                ],
+            );
+        }
         for snapshot in 0..self.snapshots {
             let first = write("", 40 + snapshot, hot[0] * cluster, cluster);
             let part = write("", 50 + snapshot, hot[3] * cluster + cluster / 2, cluster / 4 + 128);
@@ -133,7 +219,7 @@ impl Case {
 
 impl Start {
     fn contents(&self, image: &DiskImage, tree: usize) -> Vec<Rc<[u8; SECTOR_BYTES]>> {
-        let layout = Layout::parse(image).unwrap();
+        let layout = Layout::parse_files([image, &self.data]).unwrap();
         let mut last: Rc<[u8; SECTOR_BYTES]> = Rc::new([0; SECTOR_BYTES]);
         let mut contents = Vec::new();
         for &sector in &self.hot_sectors {
@@ -147,6 +233,25 @@ impl Start {
             contents.push(last.clone());
         }
         contents
+    }
+
+    /// Puts foreign bytes wherever the tables do not show the data file.
+    fn fill_with_rubbish(&mut self) {
+        let image = self.image.clone();
+        let layout = Layout::parse_files([&image, &image]).unwrap();
+        let mut bytes = self.data.to_file();
+        bytes.resize(self.guest_size.next_multiple_of(SECTOR_BYTES as u64) as usize, 0);
+        for (sector, place) in (0..).zip(bytes.chunks_exact_mut(SECTOR_BYTES)) {
+            if !matches!(layout.place(0, sector), crate::judge::layout::Place::External(_)) {
+                place.copy_from_slice(&super::pattern(0xbad, sector * SECTOR_BYTES as u64, SECTOR_BYTES as u64));
+            }
+        }
+        self.data = DiskImage::new(bytes);
+    }
+
+    /// Whether the data file is a raw image by itself.
+    pub fn is_raw(&self) -> bool {
+        matches!(self.data_file, Some(DataFile::Raw | DataFile::RawByUs))
     }
 
     /// The guest before the first operation.

@@ -5,7 +5,7 @@ mod guest;
 mod images;
 
 pub use guest::{Guest, Ticket, content_of, pattern, squeezable};
-pub use images::{Case, Start, cases};
+pub use images::{Case, DataFile, Start, cases, data_file_cases};
 
 use std::sync::Arc;
 
@@ -20,6 +20,25 @@ use crate::judge::{Judge, Layout};
 pub async fn open<I: Io>(io: &I, disk: &Arc<SimDisk>, start: &Start, l2_cache_size: u64) -> qcow2::Result<Image> {
     let storage: Arc<dyn Storage> = disk.clone();
     Image::open_with(io, storage, &options(start, l2_cache_size)).await
+}
+
+/// The disks that an image starts on: its own, and that of its external data file (empty where there is none).
+pub fn disks(start: &Start) -> [Arc<SimDisk>; 2] {
+    [&start.image, &start.data].map(|image| Arc::new(SimDisk::new(image.clone())))
+}
+
+/// As [`open`], for an image that may have an external data file.
+pub async fn open_disks<I: Io>(
+    io: &I,
+    [image, data]: &[Arc<SimDisk>; 2],
+    start: &Start,
+    l2_cache_size: u64,
+) -> qcow2::Result<Image> {
+    let mut options = options(start, l2_cache_size);
+    if start.data_file.is_some() {
+        options.data_file_storages = vec![Some(data.clone() as Arc<dyn Storage>)];
+    }
+    Image::open_with(io, image.clone() as Arc<dyn Storage>, &options).await
 }
 
 /// Options for opening an image: its backing file is given by the caller.
@@ -49,7 +68,30 @@ pub fn judge_sample(
     phase: u64,
     n: u64,
 ) -> Vec<String> {
-    let layout = match Layout::parse(image) {
+    judge_files(judge, [image, &DiskImage::default()], guest, start, (phase, n))
+}
+
+/// D14: what the raw data file holds by itself is what the tables say, in every sector and after every crash.
+fn judge_raw(sector: u64, data: &DiskImage, by_the_tables: &[u8; SECTOR_BYTES]) -> Option<String> {
+    let mut alone = [0; SECTOR_BYTES];
+    let at = sector as usize * SECTOR_BYTES;
+    if let Some(bytes) = data.bytes.get(at..at + SECTOR_BYTES) {
+        alone.copy_from_slice(bytes);
+    }
+    let (is, shows) = (content_of(&alone), content_of(by_the_tables));
+    (alone != *by_the_tables)
+        .then(|| format!("D14: sector {sector} of the raw data file is {is}, the tables show {shows}"))
+}
+
+/// As [`judge_sample`], for an image that may have an external data file; (phase, n) as there.
+pub fn judge_files(
+    judge: &mut Judge,
+    files: [&DiskImage; 2],
+    guest: &Guest,
+    start: &Start,
+    (phase, n): (u64, u64),
+) -> Vec<String> {
+    let layout = match Layout::parse_files(files) {
         Ok(layout) => layout,
         Err(why) => return vec![format!("D1: {why}")],
     };
@@ -63,6 +105,9 @@ pub fn judge_sample(
         }
         if let Err(why) = guest.judge(sector, &found) {
             wrong.push(why);
+        }
+        if start.is_raw() {
+            wrong.extend(judge_raw(sector, files[1], &found));
         }
     }
     if layout.trees.len() != start.snapshots.len() + 1 {
@@ -92,9 +137,14 @@ pub fn judge_sample(
 /// Opens a crash image with the library, reads it, writes three times, flushes, and judges again: damage that is
 /// only latent on the disk (a stale COPIED flag, a free cluster that is in use) bites now.
 pub fn reopen_and_write(judge: &mut Judge, image: &DiskImage, guest: &Guest, start: &Start, seed: u64) -> Vec<String> {
+    reopen_files(judge, [image, &DiskImage::default()], guest, start, seed)
+}
+
+/// As [`reopen_and_write`], for an image that may have an external data file.
+pub fn reopen_files(judge: &mut Judge, files: [&DiskImage; 2], guest: &Guest, start: &Start, seed: u64) -> Vec<String> {
     let mut wrong = Vec::new();
-    let disk = Arc::new(SimDisk::new(image.clone()));
-    let opened = qcow2::wait::block_on(open(&Blocking, &disk, start, 0));
+    let disks = files.map(|image| Arc::new(SimDisk::new(image.clone())));
+    let opened = qcow2::wait::block_on(open_disks(&Blocking, &disks, start, 0));
     let again = match opened {
         Ok(again) => again,
         Err(why) => return vec![format!("reopen: {why}")],
@@ -126,10 +176,16 @@ pub fn reopen_and_write(judge: &mut Judge, image: &DiskImage, guest: &Guest, sta
         Ok(()) => guest.flushed(guest.now()),
         Err(why) => wrong.push(format!("reopen: flush: {why}")),
     }
-    wrong.extend(judge_disk(judge, &disk.durable(), &guest, start).into_iter().map(|w| format!("after reopen: {w}")));
+    wrong.extend(judge_durable(judge, &disks, &guest, start).into_iter().map(|w| format!("after reopen: {w}")));
     if let Err(why) = again.close() {
         wrong.push(format!("reopen: close: {why}"));
     }
-    wrong.extend(judge_disk(judge, &disk.durable(), &guest, start).into_iter().map(|w| format!("after close: {w}")));
+    wrong.extend(judge_durable(judge, &disks, &guest, start).into_iter().map(|w| format!("after close: {w}")));
     wrong
+}
+
+/// Judges what is durable for certain.
+pub fn judge_durable(judge: &mut Judge, disks: &[Arc<SimDisk>; 2], guest: &Guest, start: &Start) -> Vec<String> {
+    let [image, data] = disks.each_ref().map(|disk| disk.durable());
+    judge_files(judge, [&image, &data], guest, start, (0, 1))
 }

@@ -224,8 +224,13 @@ fn what_is_not_supported_is_named() {
     assert!(unknown.contains("'flux[31m capacitor' (incompatible feature bit 40)"), "{unknown}");
     assert!(unknown.contains("unknown incompatible feature bit 41"), "{unknown}");
     assert!(text(Header { encryption: Encryption::Aes, ..plain(3) }).contains("encryption (AES)"));
-    let data_file = Header { incompatible: 4, extensions: vec![ext(DATA_FILE, b"d.raw")], ..plain(3) };
-    assert!(text(data_file).contains("external data file 'd.raw'"));
+    let with_data_file = |autoclear| Header { incompatible: 4, autoclear, ..plain(3) };
+    with_data_file(2).check_supported().unwrap();
+    let backing = backing("b", None);
+    Header { backing: backing.clone(), ..with_data_file(0) }.check_supported().unwrap();
+    assert!(text(Header { backing, ..with_data_file(2) }).contains("as the image has a backing file"));
+    assert!(text(Header { snapshots: 1, ..with_data_file(0) }).contains("without internal snapshots"));
+    assert!(text(Header { size_bytes: (1 << 56) + 512, ..with_data_file(0) }).contains("at most 2^56"));
     for known in [INCOMPATIBLE_DIRTY, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_EXTENDED_L2] {
         Header { incompatible: known, compatible: u64::MAX, autoclear: u64::MAX, ..plain(3) }
             .check_supported()

@@ -1,7 +1,7 @@
-//! Which disks a crash may leave behind.
+//! Which disks a crash may leave behind: one disk, or several that lose power together.
 
 use super::Rng;
-use super::disk::{DiskImage, Effect, SECTOR_BYTES, SimDisk, What};
+use super::disk::{DiskImage, Effect, SECTOR_BYTES, SimDisk, State, What};
 
 /// Up to this many effects, all subsets of them are tried.
 const EXHAUSTIVE: usize = 6;
@@ -29,9 +29,9 @@ struct Kept {
 }
 
 impl Kept {
-    fn new(log: &[Effect]) -> Self {
+    fn new(log: &[(usize, &Effect)]) -> Self {
         let mut starts = vec![0];
-        for effect in log {
+        for (_, effect) in log {
             let units = match &effect.what {
                 What::Write { gone, .. } => gone.len(),
                 What::Truncate { .. } => 1,
@@ -50,37 +50,36 @@ impl Kept {
     }
 }
 
-/// Builds one crash state after another in place, going back to the durable contents in between.
+/// Builds one crash state of a disk after another in place, going back to the durable contents in between.
 struct Builder<'a> {
     durable: &'a DiskImage,
-    log: &'a [Effect],
     image: DiskImage,
     touched: Vec<usize>,
     truncated: bool,
 }
 
-impl Builder<'_> {
-    fn build(&mut self, kept: &Kept) -> &DiskImage {
-        self.reset();
-        for (index, effect) in self.log.iter().enumerate() {
-            let start = kept.starts[index];
-            match &effect.what {
-                What::Truncate { size } if kept.flags[start] => {
-                    self.truncated = true;
-                    self.image.truncate(*size);
-                }
-                What::Truncate { .. } => {}
-                What::Write { first_sector, content, end, gone } => {
-                    for (i, sector) in content.chunks(SECTOR_BYTES).enumerate() {
-                        if kept.flags[start + i] && !gone[i] {
-                            self.image.put_sector(first_sector + i, sector, *end);
-                            self.touched.push(first_sector + i);
-                        }
+impl<'a> Builder<'a> {
+    fn new(durable: &'a DiskImage) -> Self {
+        Self { durable, image: durable.clone(), touched: Vec::new(), truncated: false }
+    }
+
+    /// Adds what was kept of an effect.
+    fn add(&mut self, effect: &Effect, kept: &[bool]) {
+        match &effect.what {
+            What::Truncate { size } if kept[0] => {
+                self.truncated = true;
+                self.image.truncate(*size);
+            }
+            What::Truncate { .. } => {}
+            What::Write { first_sector, content, end, gone } => {
+                for (i, sector) in content.chunks(SECTOR_BYTES).enumerate() {
+                    if kept[i] && !gone[i] {
+                        self.image.put_sector(first_sector + i, sector, *end);
+                        self.touched.push(first_sector + i);
                     }
                 }
             }
         }
-        &self.image
     }
 
     fn reset(&mut self) {
@@ -105,52 +104,66 @@ impl SimDisk {
     /// all subsets of up to 6, random subsets, and writes torn between sectors. Returns how many. `judge` must not
     /// use this disk.
     pub fn crash_states(&self, rng: &mut Rng, budget: CrashBudget, mut judge: impl FnMut(&DiskImage)) -> u64 {
-        let state = self.lock();
-        let log = &state.log[..];
-        let mut builder = Builder {
-            durable: &state.durable,
-            log,
-            image: state.durable.clone(),
-            touched: Vec::new(),
-            truncated: false,
-        };
-        let mut kept = Kept::new(log);
-        let mut count = 0;
-        let mut show = |kept: &Kept| {
-            judge(builder.build(kept));
-            count += 1;
-        };
-        show(&kept);
-        if log.is_empty() {
-            return count;
-        }
-        kept.fill(true);
-        show(&kept);
-        if log.len() <= EXHAUSTIVE {
-            for subset in 1..(1u32 << log.len()) - 1 {
-                (0..log.len()).for_each(|effect| kept.set(effect, subset >> effect & 1 == 1));
-                show(&kept);
-            }
-        } else {
-            for n in 0..log.len().min(budget.singles) {
-                let effect = if n < 2 { log.len() - 1 - n } else { rng.below(log.len() as u64) as usize };
-                for alone in [false, true] {
-                    kept.fill(!alone);
-                    kept.set(effect, alone);
-                    show(&kept);
-                }
-            }
-            for _ in 0..budget.random {
-                let odds = 1 + rng.below(5); // of 6
-                (0..log.len()).for_each(|effect| kept.set(effect, rng.below(6) < odds));
-                show(&kept);
-            }
-        }
-        if kept.flags.len() > log.len() {
-            torn(rng, budget, &mut kept, &mut show);
-        }
-        count
+        crash_states([self], rng, budget, |[image]| judge(image))
     }
+}
+
+/// As [`SimDisk::crash_states`], for disks that lose power together: what is kept of one says nothing about another.
+pub fn crash_states<const N: usize>(
+    disks: [&SimDisk; N],
+    rng: &mut Rng,
+    budget: CrashBudget,
+    mut judge: impl FnMut([&DiskImage; N]),
+) -> u64 {
+    let states = disks.map(SimDisk::lock);
+    let states: [&State; N] = std::array::from_fn(|n| &*states[n]);
+    // Of all disks, in the order in which they were done.
+    let mut log: Vec<(usize, &Effect)> = Vec::new();
+    for (disk, state) in states.iter().enumerate() {
+        log.extend(state.log.iter().map(|effect| (disk, effect)));
+    }
+    log.sort_by_key(|(_, effect)| effect.id);
+    let mut builders = states.map(|state| Builder::new(&state.durable));
+    let mut kept = Kept::new(&log);
+    let mut count = 0;
+    let mut show = |kept: &Kept| {
+        builders.iter_mut().for_each(Builder::reset);
+        for (index, &(disk, effect)) in log.iter().enumerate() {
+            builders[disk].add(effect, &kept.flags[kept.starts[index]..kept.starts[index + 1]]);
+        }
+        judge(builders.each_ref().map(|builder| &builder.image));
+        count += 1;
+    };
+    show(&kept);
+    if log.is_empty() {
+        return count;
+    }
+    kept.fill(true);
+    show(&kept);
+    if log.len() <= EXHAUSTIVE {
+        for subset in 1..(1u32 << log.len()) - 1 {
+            (0..log.len()).for_each(|effect| kept.set(effect, subset >> effect & 1 == 1));
+            show(&kept);
+        }
+    } else {
+        for n in 0..log.len().min(budget.singles) {
+            let effect = if n < 2 { log.len() - 1 - n } else { rng.below(log.len() as u64) as usize };
+            for alone in [false, true] {
+                kept.fill(!alone);
+                kept.set(effect, alone);
+                show(&kept);
+            }
+        }
+        for _ in 0..budget.random {
+            let odds = 1 + rng.below(5); // of 6
+            (0..log.len()).for_each(|effect| kept.set(effect, rng.below(6) < odds));
+            show(&kept);
+        }
+    }
+    if kept.flags.len() > log.len() {
+        torn(rng, budget, &mut kept, &mut show);
+    }
+    count
 }
 
 /// States in which writes are torn between sectors: the newest one cut at a random place, and random sectors of all.

@@ -1,6 +1,7 @@
 //! The disk: what reads see, what is durable, and the effects in between.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::storage::{IoDst, IoSrc, Storage, total_src};
@@ -91,7 +92,6 @@ pub(super) struct State {
     pub(super) current: DiskImage,
     pub(super) durable: DiskImage,
     pub(super) log: Vec<Effect>,
-    next_id: u64,
     changes: u64,
     calls: u64,
     fault: Option<Fault>,
@@ -223,8 +223,9 @@ impl State {
     }
 
     fn push(&mut self, what: What, completed: bool) -> u64 {
-        let id = self.next_id;
-        self.next_id += 1;
+        // Counted over all disks: several that lose power together have one order of effects.
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
         self.changes += 1;
         self.log.push(Effect { id, what, completed, dropped: false });
         id

@@ -10,7 +10,7 @@ mod crash;
 mod disk;
 mod driver;
 
-pub use crash::CrashBudget;
+pub use crash::{CrashBudget, crash_states};
 pub use disk::{DiskImage, Fault, SECTOR_BYTES, SimDisk};
 pub use driver::{Scheduler, SimIo, Stuck, Task};
 
@@ -77,6 +77,23 @@ mod tests {
         }
         disk.flush().unwrap();
         assert_eq!(states(&disk, 1), HashSet::from([[1, 2, 2, 0]]));
+    }
+
+    #[test]
+    fn two_disks_lose_power_together_and_keep_what_they_like() {
+        let disks = [0, 0].map(|byte| SimDisk::new(DiskImage::new(vec![byte; SECTOR_BYTES])));
+        let seen = || {
+            let mut seen = HashSet::new();
+            crash_states([&disks[0], &disks[1]], &mut Rng::new(1), CrashBudget::default(), |images| {
+                seen.insert(images.map(|image| image.bytes[0]));
+            });
+            seen
+        };
+        write(&disks[0], 0, 1, 1);
+        write(&disks[1], 0, 1, 2);
+        assert_eq!(seen(), HashSet::from([[0, 0], [1, 0], [0, 2], [1, 2]]));
+        disks[0].flush().unwrap();
+        assert_eq!(seen(), HashSet::from([[1, 0], [1, 2]]));
     }
 
     #[test]
