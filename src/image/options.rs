@@ -553,16 +553,20 @@ pub struct OptionInfo {
     pub open: bool,
     /// Used when an image is created.
     pub create: bool,
+    /// Used when a disk gets another size.
+    pub resize: bool,
     /// What it does, in one line.
     pub help: &'static str,
 }
 
 const fn for_open(key: &'static str, kind: OptionKind, default: &'static str, help: &'static str) -> OptionInfo {
-    OptionInfo { key, kind, default, open: true, create: false, help }
+    OptionInfo { key, kind, default, open: true, create: false, resize: false, help }
 }
 
 const fn for_create(key: &'static str, kind: OptionKind, default: &'static str, help: &'static str) -> OptionInfo {
-    OptionInfo { key, kind, default, open: false, create: true, help }
+    // What is allocated ahead may be there from the beginning, or come with more size.
+    let resize = matches!(key.as_bytes(), b"preallocation");
+    OptionInfo { key, kind, default, open: false, create: true, resize, help }
 }
 
 /// All options that can be set by key.
