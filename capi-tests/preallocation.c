@@ -63,7 +63,7 @@ static void cancelled(const char *mode, uint64_t stop_at)
     struct watch watch = {.stop_at = stop_at};
     qcow2_opts *opts = options(mode, &watch);
     unlink("disk.qcow2");
-    FAILS(qcow2_create("disk.qcow2", DISK, opts, 0), ECANCELED, QCOW2_ERR_CANCELLED, "progress");
+    FAILS(qcow2_create("disk.qcow2", DISK, opts, 0), ECANCELED, QCOW2_ERR_CANCELLED, "cancelled");
     CHECK(access("disk.qcow2", F_OK) != 0 && watch.last >= stop_at && watch.last < watch.total);
     qcow2_opts_free(opts);
 }

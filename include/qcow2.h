@@ -472,6 +472,37 @@ int qcow2_create_storage(qcow2_storage *storage,
                          const qcow2_opts *opts,
                          uint32_t flags);
 
+/* Resizing ========================================================================================
+ *
+ * Another size for the guest disk of an open image.
+ */
+
+/** Flag of qcow2_resize(): the new size may be smaller. What lies past it is given up for good. */
+#define QCOW2_ALLOW_SHRINK (1 << 0)
+
+/**
+ * Gives the guest disk another size.
+ *
+ * image: the handle
+ * size:  the new size in bytes; rounded up to a multiple of 512
+ * opts:  NULL, or "preallocation" for what the disk grows by, and a progress function
+ *        (qcow2_opts_set_progress()); no other option may be set
+ * flags: 0 or QCOW2_ALLOW_SHRINK
+ *
+ * What the disk grows by reads as zeroes, whatever a backing file has there. What it shrinks by goes back to the file
+ * system. Internal snapshots keep their own size. The new size is in force, and durable, when the call returns; after
+ * a crash the disk has its old size or the new one, and so it has after an error (qcow2_size() tells).
+ * Returns 0 or a negative errno: -EINVAL smaller without QCOW2_ALLOW_SHRINK, or a wrong option; -EFBIG larger than the
+ * format can have with that cluster size; -ENOTSUP the image has persistent bitmaps, or is of version 2 with
+ * snapshots or over a longer backing file; -ENOSPC; -ECANCELED the progress function ended it: the disk has its old
+ * size; -EROFS.
+ * Thread-safe; requests of other threads wait until it is done. Since 0.1.
+ */
+int qcow2_resize(qcow2_image *image,
+                 uint64_t size,
+                 const qcow2_opts *opts,
+                 uint32_t flags);
+
 /* Options =========================================================================================
  *
  * One object holds the options of open and create calls. Keys are named as in `qemu-img create -o` where such a key
@@ -495,6 +526,8 @@ int qcow2_create_storage(qcow2_storage *storage,
 #define QCOW2_OPTION_FOR_OPEN (1 << 0)
 /** The option is for the calls that create an image. */
 #define QCOW2_OPTION_FOR_CREATE (1 << 1)
+/** The option is for qcow2_resize(). */
+#define QCOW2_OPTION_FOR_RESIZE (1 << 2)
 /** Role of a storage: a file of the backing chain. */
 #define QCOW2_ROLE_BACKING 1
 /** Role of a storage: the external data file of the image, or of a file of its backing chain. */

@@ -16,7 +16,7 @@ use std::sync::Mutex;
 
 use judge::Judge;
 use qcow2::format::GuestOffset;
-use qcow2::image::{Image, WriteFlags, ZeroFlags};
+use qcow2::image::{Image, Preallocation, ResizeOptions, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, Rng, Scheduler, SimDisk, SimIo, Task, crash_states};
 use qcow2::storage::{IoSrc, Storage};
 use stage::{
@@ -127,6 +127,12 @@ enum Step {
         length: u64,
     },
     Flush,
+    /// `cancel`: the progress function ends it at its `cancel`th call.
+    Resize {
+        size: u64,
+        mode: Preallocation,
+        cancel: Option<u64>,
+    },
 }
 
 fn overlaps(steps: &[Step], offset: u64, length: u64) -> bool {
@@ -139,12 +145,24 @@ fn overlaps(steps: &[Step], offset: u64, length: u64) -> bool {
             let (a, b) = (sectors(*o, *l), sectors(offset, length));
             a.start < b.end && b.start < a.end
         }
-        Step::Flush => false,
+        Step::Flush | Step::Resize { .. } => false,
     })
 }
 
+/// Another size, with preallocation where it grows by a little.
+fn resize(rng: &mut Rng, start: &Start, old: u64) -> Step {
+    let size = start.random_end(rng);
+    let modes = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
+    let is_small = size > old && size - old <= 40 * start.cluster.min(16 << 10);
+    let mode = if is_small { modes[rng.below(4) as usize] } else { Preallocation::Off };
+    Step::Resize { size, mode, cancel: rng.one_in(4).then(|| rng.below(3)) }
+}
+
 /// Steps that are sent at the same time: one, or two to three writes to different sectors and perhaps a flush.
-fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
+fn group(rng: &mut Rng, start: &Start, size: u64) -> Vec<Step> {
+    if rng.one_in(7) {
+        return vec![resize(rng, start, size)];
+    }
     let mut steps = Vec::new();
     let wanted = if rng.one_in(3) { 2 + rng.below(2) } else { 1 };
     for _ in 0..wanted {
@@ -154,16 +172,26 @@ fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
         }
         let align = if rng.one_in(3) { 1 } else { 512 };
         let (offset, length) = start.random_range(rng, align);
+        let cut = |(offset, length): (u64, u64)| (offset, length.min(size.saturating_sub(offset)));
+        let (offset, length) = cut((offset, length));
+        if length == 0 {
+            continue;
+        }
         let step = match rng.below(10) {
             8.. => {
-                let (offset, length) = start.random_clusters(rng);
+                let (offset, length) = cut(start.random_clusters(rng));
+                if length == 0 || !(offset + length).is_multiple_of(start.cluster) && offset + length != size {
+                    continue;
+                }
                 Step::Compressed { offset, length, fua: rng.one_in(8), seed: rng.next_u64() }
             }
             0 => Step::Zero { offset, length, unmap: rng.one_in(2), as_data: rng.one_in(3) },
-            1 => {
-                let (offset, length) = start.random_cluster(rng);
-                Step::Discard { offset, length }
-            }
+            1 => match cut(start.random_cluster(rng)) {
+                (_, 0) => continue,
+                // Of a disk that ends elsewhere now, half a cluster is not discarded.
+                (offset, length) if length < start.cluster && offset + length != size => continue,
+                (offset, length) => Step::Discard { offset, length },
+            },
             _ => Step::Write { offset, length, fua: rng.one_in(8) },
         };
         let (Step::Write { offset, length, .. }
@@ -226,6 +254,22 @@ async fn perform(
             image.flush_with(io).await?;
             guest.borrow_mut().flushed(began);
         }
+        Step::Resize { size, mode, cancel } => {
+            let ticket = guest.borrow_mut().issue_end(image.size() / 512, size / 512);
+            let calls = Cell::new(0);
+            let tell = |_, _| {
+                calls.set(calls.get() + 1);
+                cancel.is_none_or(|at| calls.get() <= at)
+            };
+            let options = ResizeOptions { allow_shrink: true, preallocation: mode };
+            match image.resize_with(io, size, options, Some(&tell)).await {
+                Err(qcow2::Error::Cancelled | qcow2::Error::Unsupported { .. }) => guest.borrow_mut().retract(&ticket),
+                result => {
+                    result?;
+                    guest.borrow_mut().forced(&ticket);
+                }
+            }
+        }
     }
     acknowledged.set(acknowledged.get() + 1);
     Ok(())
@@ -254,7 +298,7 @@ fn run_script(start: &Start, seed: u64, tally: Tally) -> Tally {
     let image = image.unwrap().unwrap();
     let mut op = 1;
     for _ in 0..8 + rng.below(8) {
-        let steps = group(&mut rng, start);
+        let steps = group(&mut rng, start, image.size());
         let label = format!("seed {seed}, op {op}: {steps:?}");
         let tasks = steps.into_iter().enumerate().map(|(n, step)| {
             Box::pin(perform(&image, &io, start, &guest, &acknowledged, op + n as u64, step)) as Task<'_, _>

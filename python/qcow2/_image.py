@@ -6,22 +6,25 @@ import ctypes
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Union
 
-from ._library import CBitmap, CExtent, CInfo, Code, COption, CStats, QcowError, check, lib
+from ._library import PROGRESS_FN, CBitmap, CExtent, CInfo, Code, COption, CStats, QcowError, check, lib
 
 #: Values of options: text as in qemu-img, numbers, and booleans for on and off.
 OptionValue = Union[str, int, bool]
 PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+#: Called with what is done and what there is to do; a true result cancels the call.
+Progress = Callable[[int, int], object]
 
 _OVERWRITE = 1
 _FUA = 1
 _WRITE_COMPRESSED = 8
 _MAY_UNMAP = 2
 _NO_FALLBACK = 4
+_ALLOW_SHRINK = 1
 _EXTENTS_A_CALL = 256
 _DATA, _ZERO, _COMPRESSED, _PRESENT, _OFFSET_VALID, _DIRTY, _DATA_FILE = (1 << bit for bit in range(7))
 _ENABLED, _IN_USE, _INCONSISTENT, _UNUSABLE = (1 << bit for bit in range(4))
@@ -49,10 +52,20 @@ def option_names() -> list[str]:
 
 
 class _Options:
-    """A qcow2_opts for the length of a with block."""
+    """A qcow2_opts for the length of a with block. What the progress function raises is raised at its end."""
 
-    def __init__(self, options: dict[str, OptionValue]) -> None:
+    def __init__(self, options: dict[str, OptionValue], on_progress: Progress | None = None) -> None:
         self._options = options
+        self._raised: BaseException | None = None
+
+        def tell(_: object, done: int, total: int) -> int:
+            try:
+                return 1 if on_progress is not None and on_progress(done, total) else 0
+            except BaseException as error:  # noqa: BLE001 - it must not pass through C
+                self._raised = error
+                return 1
+
+        self._tell = PROGRESS_FN(tell) if on_progress is not None else None
 
     def __enter__(self) -> int:
         self._handle: int = lib.qcow2_opts_new()
@@ -60,6 +73,8 @@ class _Options:
             for key, value in self._options.items():
                 text = ("on" if value else "off") if isinstance(value, bool) else str(value)
                 check(lib.qcow2_opts_set_str(self._handle, key.encode(), text.encode()))
+            if self._tell is not None:
+                check(lib.qcow2_opts_set_progress(self._handle, self._tell, None, None))
         except BaseException:
             lib.qcow2_opts_free(self._handle)
             raise
@@ -67,13 +82,31 @@ class _Options:
 
     def __exit__(self, *_: object) -> None:
         lib.qcow2_opts_free(self._handle)
+        if self._raised is not None:
+            raise self._raised
 
 
-def create(path: PathLike, size: int, *, overwrite: bool = False, **options: OptionValue) -> None:
-    """Creates an image of ``size`` bytes; the options are those of ``qemu-img create -o``."""
+def _size(size: int) -> int:
     if size < 0 or size >= 1 << 64:
         raise ValueError(f"size must be from 0 to 2**64 - 1, not {size}")
-    with _Options(options) as handle:
+    return size
+
+
+def create(
+    path: PathLike,
+    size: int,
+    *,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+    **options: OptionValue,
+) -> None:
+    """Creates an image of ``size`` bytes; the options are those of ``qemu-img create -o``.
+
+    ``on_progress`` gets how many bytes are done and how many there are; a true result cancels the call (an error with
+    code CANCELLED).
+    """
+    size = _size(size)
+    with _Options(options, on_progress) as handle:
         check(lib.qcow2_create(os.fsencode(path), size, handle, _OVERWRITE if overwrite else 0))
 
 
@@ -176,6 +209,20 @@ class Image:
     def size(self) -> int:
         """Size of the guest disk in bytes."""
         return self._call(lib.qcow2_size)
+
+    def resize(
+        self,
+        size: int,
+        *,
+        allow_shrink: bool = False,
+        preallocation: str = "off",
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Gives the guest disk another size in bytes. What it grows by reads as zeroes."""
+        size = _size(size)
+        options: dict[str, OptionValue] = {} if preallocation == "off" else {"preallocation": preallocation}
+        with _Options(options, on_progress) as handle:
+            self._call(lib.qcow2_resize, size, handle, _ALLOW_SHRINK if allow_shrink else 0)
 
     def readinto(self, buffer: Any, offset: int) -> int:
         """Fills a writable buffer (bytearray, memoryview, array, ...) from ``offset``, without a copy in between.

@@ -342,6 +342,37 @@ class Errors(Case):
             os.close(fd)
             self.assertEqual(image.size, 512)
 
+    def test_resize_with_preallocation_and_progress(self) -> None:
+        with self.image() as image:
+            size = image.size
+            image.write(b"x" * 100, size - 100)
+            seen: list[tuple[int, int]] = []
+
+            def watch(done: int, total: int) -> None:
+                seen.append((done, total))
+
+            image.resize(size + 500_000, preallocation="full", on_progress=watch)
+            self.assertEqual(image.size, (size + 500_000 + 511) // 512 * 512)
+            self.assertEqual(seen[-1][0], seen[-1][1])
+            self.assertEqual(image.read(300, size - 100), b"x" * 100 + bytes(200))
+            with self.assertRaises(qcow2.QcowError) as refused:
+                image.resize(1000)
+            self.assertEqual(refused.exception.code, qcow2.Code.ARGUMENT)
+            image.resize(1000, allow_shrink=True)
+            self.assertEqual(image.size, 1024)
+            with self.assertRaises(qcow2.QcowError) as cancelled:
+                image.resize(1 << 20, preallocation="metadata", on_progress=lambda done, total: True)
+            self.assertEqual(cancelled.exception.code, qcow2.Code.CANCELLED)
+
+            def broken(done: int, total: int) -> bool:
+                raise KeyError(done)
+
+            with self.assertRaises(KeyError):
+                image.resize(1 << 20, on_progress=broken)
+            self.assertEqual(image.size, 1024)
+        with self.assertRaises(qcow2.QcowError):
+            qcow2.create(self.disk, 1 << 20, overwrite=True, preallocation="full", on_progress=lambda done, total: True)
+
     def test_code_is_a_number_when_it_is_new(self) -> None:
         self.assertEqual(qcow2.QcowError(5, "text", 12345).code, 12345)
 

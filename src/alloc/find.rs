@@ -14,7 +14,27 @@ const HOST_BITS: u32 = 56;
 /// returns it. First fit, so that files stay as short as they can.
 pub fn take(state: &mut RefcountState, want: u64) -> Result<std::result::Result<Range<u64>, Need>> {
     let start = if want == 1 { state.hint } else { state.hint.max(state.run_hint) };
-    let run = match search(state, start, want)? {
+    let run = match take_from(state, start, want)? {
+        Ok(run) => run,
+        Err(need) => return Ok(Err(need)),
+    };
+    let end = HostCluster(run.end);
+    if want == 1 || state.hint.0 == run.start {
+        state.hint = end;
+    }
+    if want > 1 {
+        state.run_hint = end;
+    }
+    Ok(Ok(run))
+}
+
+/// As [`take`], from cluster `from` on.
+pub fn take_from(
+    state: &mut RefcountState,
+    from: HostCluster,
+    want: u64,
+) -> Result<std::result::Result<Range<u64>, Need>> {
+    let run = match search(state, from, want)? {
         Ok(run) => run,
         Err(need) => return Ok(Err(need)),
     };
@@ -23,13 +43,6 @@ pub fn take(state: &mut RefcountState, want: u64) -> Result<std::result::Result<
         if let Err(need) = state.set(HostCluster(cluster), 1) {
             return Ok(Err(need));
         }
-    }
-    let end = HostCluster(run.end);
-    if want == 1 || state.hint.0 == run.start {
-        state.hint = end;
-    }
-    if want > 1 {
-        state.run_hint = end;
     }
     Ok(Ok(run))
 }

@@ -8,6 +8,7 @@ pub mod bulk;
 pub mod epoch;
 pub mod find;
 pub mod pack;
+pub mod tail;
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
@@ -69,6 +70,11 @@ impl<'a> Reservation<'a> {
         self.runs.iter().cloned().flatten().map(HostCluster)
     }
 
+    /// The runs of clusters, in order.
+    pub fn runs(&self) -> &[Range<u64>] {
+        &self.runs
+    }
+
     /// The tables refer to the clusters now: nothing is given back.
     pub fn keep(mut self) {
         self.runs.clear();
@@ -100,6 +106,25 @@ impl Allocator {
             match tables.refcounts.with(|state| find::take(state, left))? {
                 Ok(run) => {
                     left -= run.end - run.start;
+                    reservation.runs.push(run);
+                }
+                Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
+            }
+        }
+        Ok(reservation)
+    }
+
+    /// Reserves `count` clusters past the end of the file, where everything reads as zeroes. Only for who holds the image
+    /// alone.
+    pub async fn reserve_fresh<'a, I: Io>(&self, io: &I, tables: &'a Tables, count: u64) -> Result<Reservation<'a>> {
+        let mut reservation = Reservation::none(tables);
+        let end = tables.file.size_bytes()?.div_ceil(tables.geometry.cluster_size_bytes());
+        let (mut from, mut left) = (HostCluster(end), count);
+        while left > 0 {
+            match tables.refcounts.with(|state| find::take_from(state, from, left))? {
+                Ok(run) => {
+                    left -= run.end - run.start;
+                    from = HostCluster(run.end);
                     reservation.runs.push(run);
                 }
                 Err(need) => tables.refcounts.load(io, &tables.file, need).await?,

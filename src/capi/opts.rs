@@ -55,6 +55,8 @@ pub(super) enum Call {
     Create,
     /// Those that check one.
     Check,
+    /// The one that gives a disk another size.
+    Resize,
 }
 
 impl Call {
@@ -63,6 +65,7 @@ impl Call {
             Self::Open => option.open,
             Self::Create => option.create,
             Self::Check => ["locking", "check_memory"].contains(&option.key),
+            Self::Resize => option.resize,
         }
     }
 
@@ -73,6 +76,7 @@ impl Call {
             Self::Create => ("creating an image", "opening one"),
             Self::Check if key == "resolver" || key == "storage" => ("checking an image", "opening one"),
             Self::Check => ("checking an image", "opening or creating one"),
+            Self::Resize => ("resizing an image", "opening or creating one"),
         };
         Error::OptionUnused { key: key.to_owned(), here, there }
     }
@@ -86,10 +90,12 @@ impl qcow2_opts {
             return Err(call.unused(option.key));
         }
         match call {
-            Call::Create | Call::Check if self.open.resolver.is_some() => Err(call.unused("resolver")),
-            Call::Create | Call::Check if !self.open.backing_storages.is_empty() => Err(call.unused("storage")),
+            Call::Create | Call::Check | Call::Resize if self.open.resolver.is_some() => Err(call.unused("resolver")),
+            Call::Create | Call::Check | Call::Resize if !self.open.backing_storages.is_empty() => {
+                Err(call.unused("storage"))
+            }
             Call::Create if self.open.data_file_storages.len() > 1 => Err(call.unused("storage")),
-            Call::Check if !self.open.data_file_storages.is_empty() => Err(call.unused("storage")),
+            Call::Check | Call::Resize if !self.open.data_file_storages.is_empty() => Err(call.unused("storage")),
             Call::Open if self.progress.is_some() => Err(call.unused("progress")),
             Call::Open | Call::Create if self.finding.is_some() => Err(call.unused("finding")),
             _ => Ok(()),
@@ -231,6 +237,8 @@ pub const QCOW2_OPTION_CHOICE: u32 = 5;
 pub const QCOW2_OPTION_FOR_OPEN: u32 = 1 << 0;
 /// The option is for the calls that create an image.
 pub const QCOW2_OPTION_FOR_CREATE: u32 = 1 << 1;
+/// The option is for qcow2_resize().
+pub const QCOW2_OPTION_FOR_RESIZE: u32 = 1 << 2;
 
 /// An option that the library knows. The strings are static. Members may be appended in later versions.
 #[repr(C)]
@@ -278,13 +286,14 @@ pub unsafe extern "C" fn qcow2_option_describe(index: usize, option: *mut qcow2_
         };
         let open = if info.open { QCOW2_OPTION_FOR_OPEN } else { 0 };
         let create = if info.create { QCOW2_OPTION_FOR_CREATE } else { 0 };
+        let resize = if info.resize { QCOW2_OPTION_FOR_RESIZE } else { 0 };
         let value = qcow2_option {
             name: texts.name.as_ptr(),
             help: texts.help.as_ptr(),
             default_value: texts.default.as_ptr(),
             values: texts.values.as_ptr(),
             kind,
-            used_by: open | create,
+            used_by: open | create | resize,
         };
         // SAFETY: NULL or option_size bytes by the manual above.
         unsafe { structs::fill("option", option, option_size, &value) }

@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 
 use super::Image;
 use super::status::{ALONE, READ_ONLY};
+use crate::alloc::Allocator;
 use crate::alloc::epoch::Pin;
 use crate::error::Result;
 use crate::format::header::OFFSET_SIZE;
@@ -83,6 +84,16 @@ impl Image {
 }
 
 impl Alone<'_> {
+    /// The image that is held.
+    pub(super) fn image(&self) -> &Image {
+        self.image
+    }
+
+    /// The allocator of the image.
+    pub(super) fn allocator(&self) -> &Allocator {
+        &self.image.allocator
+    }
+
     /// The image's own tables.
     pub(super) fn tables(&self) -> &Tables {
         self.image.active()

@@ -87,6 +87,11 @@ impl Image {
             if tables.refcounts.with(|state| state.dirty_blocks()) > 0 {
                 tables.flush(io).await?;
             }
+            if tables.refcounts.with(|state| state.has_freed)
+                && let Err(e) = self.trim_file(io).await
+            {
+                return Err(self.note_error(io, e).await);
+            }
         }
         Ok(())
     }

@@ -25,8 +25,10 @@ mod own;
 pub mod progress;
 mod raw;
 mod read;
+pub mod resize;
 mod rewrite;
 mod snapshot;
+mod space;
 pub mod status;
 pub mod write;
 pub mod zero;
@@ -56,9 +58,10 @@ pub use info::Info;
 pub use load::load_header;
 pub use map::{MapExtent, MapKind};
 pub use options::{
-    BackingFormat, BackingPolicy, CreateOptions, LogLevel, Logger, MissingFormat, OpenOptions, Resolver,
+    BackingFormat, BackingPolicy, CreateOptions, LogLevel, Logger, MissingFormat, OpenOptions, Preallocation, Resolver,
 };
 pub use progress::ProgressFn;
+pub use resize::ResizeOptions;
 pub use snapshot::SnapshotFacts;
 pub use status::Stats;
 pub use write::WriteFlags;
@@ -157,6 +160,12 @@ impl Image {
     /// zeroes; the rest stays.
     pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
         self.block(self.discard_with(&Blocking, GuestOffset(offset), length))
+    }
+
+    /// Gives the disk another size, rounded up to a multiple of 512 bytes. What it grows by reads as zeroes. Requests
+    /// that come meanwhile wait. `tell` is told how far it has come, and may end it before the new size is in force.
+    pub fn resize(&self, size_bytes: u64, options: ResizeOptions, tell: Option<ProgressFn<'_>>) -> Result<()> {
+        block_on(self.resize_with(&Blocking, size_bytes, options, tell))
     }
 
     /// Makes everything durable that was acknowledged before the call: data and what is needed to find it.

@@ -599,16 +599,20 @@ pub struct OptionInfo {
     pub open: bool,
     /// Used when an image is created.
     pub create: bool,
+    /// Used when a disk gets another size.
+    pub resize: bool,
     /// What it does, in one line.
     pub help: &'static str,
 }
 
 const fn for_open(key: &'static str, kind: OptionKind, default: &'static str, help: &'static str) -> OptionInfo {
-    OptionInfo { key, kind, default, open: true, create: false, help }
+    OptionInfo { key, kind, default, open: true, create: false, resize: false, help }
 }
 
 const fn for_create(key: &'static str, kind: OptionKind, default: &'static str, help: &'static str) -> OptionInfo {
-    OptionInfo { key, kind, default, open: false, create: true, help }
+    // What is allocated ahead may be there from the beginning, or come with more size.
+    let resize = matches!(key.as_bytes(), b"preallocation");
+    OptionInfo { key, kind, default, open: false, create: true, resize, help }
 }
 
 /// All options that can be set by key.
@@ -630,7 +634,7 @@ pub const OPTIONS: &[OptionInfo] = &[
         "whether discards and freed clusters give space back"),
     for_open("detect_zeroes", OptionKind::Choice(&["off", "on", "unmap"]), "off",
         "make zero entries of zeroes that are written as data; unmap: and let go of their host clusters"),
-    OptionInfo { key: "data_file", kind: OptionKind::Text, default: "", open: true, create: true,
+    OptionInfo { key: "data_file", kind: OptionKind::Text, default: "", open: true, create: true, resize: false,
         help: "external data file: its name as stored (create), or the path to use instead of the stored one (open)" },
     for_create("data_file_raw", OptionKind::Bool, "off", "keep the external data file valid as a raw image by itself"),
     for_open("l2_cache_size", OptionKind::Size, "32M", "memory for L2 tables"),

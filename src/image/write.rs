@@ -161,8 +161,20 @@ impl Image {
         at: GuestOffset,
         length: u64,
     ) -> Result<()> {
-        let tables = self.active();
         let _claim = self.claim_clusters(io, at, length).await?;
+        self.write_claimed(io, payload, at, length).await
+    }
+
+    /// As [`Image::write_allocating`], for who has the claim, or the image alone. What lies past the end of the disk may
+    /// be written as well.
+    pub(super) async fn write_claimed<I: Io>(
+        &self,
+        io: &I,
+        payload: PieceList<IoSrc<'_>>,
+        at: GuestOffset,
+        length: u64,
+    ) -> Result<()> {
+        let tables = self.active();
         self.own_l2_table(io, tables.geometry.l1_index(at)).await?;
         let mut steps = plan_steps(io, tables, at, length).await?;
         // What is filled in where a cluster of our own was zeroed must not meet a transfer from before that. (In an

@@ -2,6 +2,7 @@
 
 use super::Image;
 use super::allocate::{ZERO_PIECES, zero_pieces};
+use super::chain::Layer;
 use super::link::{Change, look_up};
 use crate::alloc::Reservation;
 use crate::error::{Error, Result};
@@ -227,9 +228,14 @@ impl Image {
         self.link_changes(io, changes, Reservation::none(tables)).await
     }
 
+    /// Size of the disk that lies below; 0 where nothing does.
+    pub(super) fn size_below(&self) -> u64 {
+        self.chain.layers.get(1).map_or(0, Layer::size_bytes)
+    }
+
     /// Whether nothing lies below a cluster that could be seen through it. (What lies there may still read as zeroes.)
-    fn below_is_zero(&self, cluster_at: GuestOffset) -> bool {
-        self.chain.layers.get(1).is_none_or(|below| cluster_at.0 >= below.size_bytes())
+    pub(super) fn below_is_zero(&self, cluster_at: GuestOffset) -> bool {
+        cluster_at.0 >= self.size_below()
     }
 
     /// What a span covers of a cluster in a state: a compressed cluster has no subclusters, and so all that the image has

@@ -4,12 +4,14 @@
 //! - [`write::plan_write`]: **what must be copied, and what the allocation and zero bits become**
 //! - [`read::run_at`]: what a range reads from
 //! - [`new_image::NewImage`]: where everything of a new image goes
+//! - [`resize::cut`], [`resize::plan_grown`]: what becomes of clusters past an old or a new end
 //! - [`zero::plan_zero`], [`zero::plan_discard`]: what zeroes and discards make of an entry
 //!
 //! A standard cluster is the case of one subcluster: there is one planner, not two.
 
 pub mod new_image;
 pub mod read;
+pub mod resize;
 pub mod write;
 pub mod zero;
 

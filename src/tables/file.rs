@@ -64,6 +64,12 @@ impl HostFile {
         self.write(io, &[IoSrc::from(bytes)], offset).await
     }
 
+    /// Sets the size of the file. What lies past a smaller size must be free, durably; new bytes read as zeroes.
+    pub fn set_size(&self, size: u64) -> Result<()> {
+        self.check_writes()?;
+        self.storage.truncate(size).map_err(|e| Error::io(IoOp::Truncate, size, &e))
+    }
+
     /// Gives up the space of a range that nothing refers to. Advice: that it cannot be done is no error.
     pub async fn punch_hole<I: Io>(&self, io: &I, offset: HostOffset, length: u64) {
         if !self.cannot_punch.load(Ordering::Relaxed) && self.check_writes().is_ok() {

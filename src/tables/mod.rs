@@ -14,7 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::l2::{COPIED, decode_l1};
-use crate::format::{ClusterState, Geometry, GuestOffset, Header, Host, HostCluster, HostOffset, L1Index, SliceIndex};
+use crate::format::{
+    ClusterState, Geometry, GuestOffset, Header, Host, HostCluster, HostOffset, L1Index, L2Entry, SliceIndex,
+};
 use crate::plan::read::{Run, Source, continues, run_at};
 use crate::plan::{Span, subcluster_mask};
 use crate::storage::{Io, IoDst};
@@ -275,6 +277,12 @@ impl Tables {
         let slice = self.geometry.slice_index(offset);
         let entry = self.l2.look(slice, |view| view.entry(self.geometry.entry_in_slice(offset)));
         let Some(entry) = entry else { return Ok(Found::Miss(slice)) };
+        self.meaning(entry, offset, ours).map(Found::Hit)
+    }
+
+    /// What the entry of the cluster that `offset` lies in means for a write; `ours`: its table belongs to the active
+    /// state alone.
+    pub fn meaning(&self, entry: L2Entry, offset: GuestOffset, ours: bool) -> Result<ClusterState> {
         let mut state =
             self.decode(entry, offset).map_err(|kind| self.corrupt_entry(kind, offset, entry.descriptor))?;
         // Not only where it would be overwritten: what a write replaces is released, and perhaps punched.
@@ -286,13 +294,18 @@ impl Tables {
         if let Host::Cluster { copied, .. } = &mut state.host {
             *copied &= ours;
         }
-        Ok(Found::Hit(state))
+        Ok(state)
     }
 
     /// Host offset of the L2 table behind an L1 entry (0: none), and whether it belongs to the active state alone.
     #[inline]
     pub fn table(&self, index: L1Index) -> Result<(HostOffset, bool)> {
-        let entry = self.l1.get(index);
+        self.decode_l1(index, self.l1.get(index))
+    }
+
+    /// As [`Tables::table`], for an entry that is, or was, at this place.
+    #[inline]
+    pub fn decode_l1(&self, index: L1Index, entry: u64) -> Result<(HostOffset, bool)> {
         let decoded = decode_l1(entry, self.geometry).and_then(|(table, ours)| {
             let cluster = self.geometry.host_cluster(table);
             // Not the snapshot table: if that is where something is wrong, the disk can still be read.

@@ -56,6 +56,8 @@ pub struct RefcountState {
     blocks_max: usize,
     clock: u64,
     fixed: Vec<Range<u64>>, // clusters of header, L1 and snapshot table
+    /// A cluster has become free through this handle.
+    pub has_freed: bool,
     /// Clusters whose refcount is to be lowered as soon as their block is at hand.
     pub give_back: Vec<HostCluster>,
     /// No cluster below this one is free.
@@ -184,6 +186,7 @@ impl RefcountState {
             Err(need) => return Ok(Err(need)),
         };
         if count == 1 {
+            self.has_freed = true;
             self.hint = self.hint.min(cluster);
             self.run_hint = self.run_hint.min(cluster);
         }
@@ -258,6 +261,36 @@ impl RefcountState {
         self.blocks.insert(index, block);
         self.table[index as usize] = self.geometry.host_offset(at).0;
         self.dirty_sectors.insert(index / 64);
+    }
+
+    /// Where block `index`, which exists, is.
+    pub fn block_place(&self, index: u64) -> HostCluster {
+        self.geometry.host_cluster(HostOffset(self.table[index as usize]))
+    }
+
+    /// Drops block `index`, which counts its own cluster and nothing else: that is free once the table says so on disk.
+    /// Only where nobody can be given a cluster before.
+    pub fn drop_block(&mut self, index: u64) {
+        self.table[index as usize] = 0;
+        self.dirty_sectors.insert(index / 64);
+        self.blocks.remove(&index);
+        let start = self.block_start(index);
+        (self.hint, self.run_hint) = (self.hint.min(start), self.run_hint.min(start));
+    }
+
+    /// The first cluster from `end` on that is known to hold a table, a block or the header.
+    pub fn table_behind(&self, end: HostCluster) -> Option<HostCluster> {
+        let table = self.geometry.host_cluster(self.table_offset).0;
+        let table = table..table + self.table_clusters;
+        let ranges = self.fixed.iter().chain(&self.retired).chain(std::iter::once(&table));
+        let tables = ranges.filter(|range| !range.is_empty() && range.end > end.0).map(|range| range.start.max(end.0));
+        let blocks = self.table.iter().filter(|&&entry| entry != 0).map(|entry| entry >> self.geometry.cluster_bits);
+        tables.chain(blocks.filter(|&block| block >= end.0)).min().map(HostCluster)
+    }
+
+    /// Whether blocks, or the table, wait for being written.
+    pub fn waits_for_write(&self) -> bool {
+        self.dirty_blocks() > 0 || !self.dirty_sectors.is_empty() || self.moved
     }
 
     /// Moves the table to `at`, `clusters` long. The caller counts those clusters; the old ones are given back once
@@ -350,6 +383,7 @@ impl Refcounts {
             blocks_max: blocks_max.max(BLOCKS_MIN),
             clock: 0,
             fixed: fixed_clusters(header, l1),
+            has_freed: false,
             give_back: Vec::new(),
             hint: HostCluster(0),
             run_hint: HostCluster(0),

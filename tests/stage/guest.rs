@@ -38,11 +38,17 @@ pub fn squeezable(op: u64, offset: u64, length: u64) -> Vec<u8> {
     bytes
 }
 
+/// What stands for a sector past the end of the disk, which a guest cannot read.
+pub const PAST_THE_END: [u8; SECTOR_BYTES] = [0xee; SECTOR_BYTES];
+
 /// A name for what a sector holds, for messages.
 pub fn content_of(bytes: &[u8; SECTOR_BYTES]) -> String {
     if bytes.starts_with(b"guest:op") {
         let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
         return format!("[op {} of sector {}]", word(8), word(16));
+    }
+    if *bytes == PAST_THE_END {
+        return "[past the end]".into();
     }
     if bytes.iter().all(|b| *b == bytes[0]) {
         return format!("[all 0x{:02x}]", bytes[0]);
@@ -124,11 +130,30 @@ impl Guest {
         Ticket { id: self.now, sectors }
     }
 
+    /// The end of the disk is about to move from one sector to another. What is past it is no sector of the disk; what
+    /// comes back reads as zeroes.
+    pub fn issue_end(&mut self, old: u64, new: u64) -> Ticket {
+        self.now += 1;
+        let content = Rc::new(if new < old { PAST_THE_END } else { [0; SECTOR_BYTES] });
+        let sectors = old.min(new)..old.max(new);
+        for (_, versions) in self.sectors.range_mut(sectors.clone()) {
+            versions.push(Version { content: content.clone(), id: self.now, completed: None });
+        }
+        Ticket { id: self.now, sectors }
+    }
+
+    /// What was issued was refused, and must have had no effect.
+    pub fn retract(&mut self, ticket: &Ticket) {
+        for (_, versions) in self.sectors.range_mut(ticket.sectors.clone()) {
+            versions.retain(|version| version.id != ticket.id);
+        }
+    }
+
     /// The write has been acknowledged.
     pub fn complete(&mut self, ticket: &Ticket) {
         self.now += 1;
-        for sector in ticket.sectors.clone() {
-            for version in self.sectors.get_mut(&sector).unwrap() {
+        for (_, versions) in self.sectors.range_mut(ticket.sectors.clone()) {
+            for version in versions {
                 if version.id == ticket.id {
                     version.completed = Some(self.now);
                 }
@@ -148,8 +173,7 @@ impl Guest {
     /// A write with FUA has been acknowledged: it is stable.
     pub fn forced(&mut self, ticket: &Ticket) {
         self.complete(ticket);
-        for sector in ticket.sectors.clone() {
-            let versions = self.sectors.get_mut(&sector).unwrap();
+        for (_, versions) in self.sectors.range_mut(ticket.sectors.clone()) {
             let stable = versions.iter().position(|v| v.id == ticket.id);
             versions.drain(..stable.unwrap_or(0));
         }

@@ -302,6 +302,22 @@ impl Start {
         }
     }
 
+    /// An end for the disk: in or behind a hot cluster, or so far out that the L1 table has to move.
+    pub fn random_end(&self, rng: &mut Rng) -> u64 {
+        let cluster = self.hot[rng.below(self.hot.len() as u64) as usize];
+        let per_table = self.cluster / if self.extended { 16 } else { 8 };
+        let table_covers = per_table * self.cluster;
+        let end = match rng.below(8) {
+            0 => self.guest_size,
+            1 => self.guest_size + rng.below(4 * self.cluster),
+            2 => table_covers * (1 + rng.below(3)),
+            // The L1 table of a larger cluster is too large to be filled here.
+            3 if self.cluster == 512 => table_covers * (64 + rng.below(80)),
+            _ => cluster * self.cluster + rng.below(self.cluster / 512 + 1) * 512,
+        };
+        end.next_multiple_of(512)
+    }
+
     /// A range to write to: head, middle, tail or all of a subcluster or cluster, two clusters, or a few bytes;
     /// it starts and ends at multiples of `align`.
     pub fn random_range(&self, rng: &mut Rng, align: u64) -> (u64, u64) {

@@ -4,7 +4,7 @@
 mod guest;
 mod images;
 
-pub use guest::{Guest, Ticket, content_of, pattern, squeezable};
+pub use guest::{Guest, PAST_THE_END, Ticket, content_of, pattern, squeezable};
 pub use images::{Case, DataFile, Start, cases, data_file_cases};
 
 use std::sync::Arc;
@@ -97,8 +97,10 @@ pub fn judge_files(
     };
     let mut wrong = judge.judge_parsed(&layout).violations;
     let mut found = [0; SECTOR_BYTES];
+    let end = layout.trees[0].guest_size / SECTOR_BYTES as u64;
     for sector in guest.sample(phase, n) {
         match layout.read(0, sector, &mut found) {
+            _ if sector >= end => found = PAST_THE_END,
             Ok(Some(())) => {}
             Ok(None) => found = start.backing_sector(sector),
             Err(why) => wrong.push(format!("D8: {why}")),
@@ -152,7 +154,9 @@ pub fn reopen_files(judge: &mut Judge, files: [&DiskImage; 2], guest: &Guest, st
     let mut guest = guest.clone();
     let mut found = [0; SECTOR_BYTES];
     for sector in guest.sectors().collect::<Vec<_>>() {
-        if let Err(why) = again.pread(&mut found, sector * SECTOR_BYTES as u64) {
+        if sector * SECTOR_BYTES as u64 >= again.size() {
+            found = PAST_THE_END;
+        } else if let Err(why) = again.pread(&mut found, sector * SECTOR_BYTES as u64) {
             wrong.push(format!("reopen: guest sector {sector}: {why}"));
             continue;
         }
@@ -165,6 +169,10 @@ pub fn reopen_files(judge: &mut Judge, files: [&DiskImage; 2], guest: &Guest, st
     let mut rng = qcow2::storage::sim::Rng::new(seed);
     for n in 0..3u64 {
         let (offset, length) = start.random_range(&mut rng, 1);
+        let length = length.min(again.size().saturating_sub(offset));
+        if length == 0 {
+            continue;
+        }
         let data = pattern(900_000 + n, offset, length);
         let ticket = guest.issue(offset, &data);
         match again.pwrite(&data, offset) {
