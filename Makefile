@@ -19,7 +19,7 @@ CARGO_TARGET := $(or $(CARGO_TARGET_DIR),target)
 comma := ,
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: build demo check crash bench bench-driver install header clean fmt archive
+.PHONY: build demo check crash bench bench-check bench-driver install header clean fmt archive
 
 build: $(SO)
 
@@ -58,6 +58,16 @@ check: build
 # BENCH_DIRS="FOLDER...": where (default: /dev/shm and the folder for temporary files).
 bench: bench-driver
 	python3 benches/run.py --no-build $(BENCH_DIRS)
+
+# What a check costs beside the least that it has to do, and beside qemu-img. Needs qemu-img to make its images.
+BENCH_CHECK_DIR ?= $(or $(TMPDIR),/dev/shm)
+build/bench-check: benches/check.c include/qcow2.h $(SO)
+	$(CC) -std=gnu11 -O2 -Wall -Wextra -Werror -Iinclude $< -o $@ -Lbuild -lqcow2 -Wl,-rpath,'$$ORIGIN'
+
+bench-check: build/bench-check
+	@folder=$$(mktemp -d -p $(BENCH_CHECK_DIR)) && trap "rm -rf $$folder" EXIT && for size in 64G 1T; do \
+	    qemu-img create -q -f qcow2 -o preallocation=metadata $$folder/disk $$size && build/bench-check $$folder/disk 11 || exit 1; \
+	done
 
 bench-driver: build/bench/driver build/bench/driver-heap build/bench/queue
 

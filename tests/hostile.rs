@@ -13,6 +13,8 @@ mod fixture;
 mod guarded;
 mod judge;
 mod qemu;
+#[path = "hostile/repair.rs"]
+mod repair;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
@@ -77,6 +79,11 @@ fn damage_the_image(recipe: &Recipe) {
     for_each_damage(&fixture, |site, damage| {
         tally.run(|| format!("{site:?} {damage:?}"), || attempt::on_image(&fixture, site, damage));
     });
+    let mut repairs = Tally::default();
+    for_each_damage(&fixture, |site, damage| {
+        repairs.run(|| format!("repair: {site:?} {damage:?}"), || repair::on_image(&fixture, site, damage));
+    });
+    repairs.report(&format!("{}, repaired", recipe.name), started);
     let found = tally.outcomes.iter().filter(|(kind, _)| kind.contains("corrupt")).map(|(_, n)| n).sum::<usize>();
     assert!(found > 100, "hardly any damage was found: {:?}", tally.outcomes);
     tally.report(recipe.name, started);

@@ -86,9 +86,11 @@ impl<I: Io> Checker<'_, '_, I> {
                     let is_due = tree == 0 && offset != 0 && Self::is_due(pass, copied, expected);
                     if is_due && pass == Pass::Tell {
                         self.wrong_l1(FindingKind::CopiedFlag, "an L2 table", table.offset, index, word);
-                    } else if is_due || mending && offset == 0 && copied {
+                    } else if (is_due || mending && offset == 0 && copied)
+                        && self.is_alone(counts, table.offset + index * 8)
+                    {
                         let place = HostOffset(table.offset + index * 8);
-                        self.file.write_bytes(self.io, &(word ^ COPIED).to_be_bytes(), place).await?;
+                        self.put(&(word ^ COPIED).to_be_bytes(), place).await?;
                         changed += u64::from(is_due);
                     }
                 }
@@ -133,7 +135,7 @@ impl<I: Io> Checker<'_, '_, I> {
         if first < end {
             let (first, end) = (first / SECTOR_BYTES * SECTOR_BYTES, end.next_multiple_of(SECTOR_BYTES));
             let place = HostOffset(table.offset + first as u64);
-            self.file.write_bytes(self.io, &bytes[first..end], place).await?;
+            self.put(&bytes[first..end], place).await?;
         }
         self.buffer = bytes;
         Ok(changed)
@@ -147,6 +149,12 @@ impl<I: Io> Checker<'_, '_, I> {
         let cluster = (entry.descriptor & OFFSET_MASK) >> self.geometry.cluster_bits;
         let expected = if data_file { Some(true) } else { self.expected(counts, cluster, pass) };
         Self::is_due(pass, entry.descriptor & COPIED != 0, expected)
+    }
+
+    /// Whether nothing else lies in the cluster of an L1 entry.
+    fn is_alone(&self, counts: &Counts, place: u64) -> bool {
+        let cluster = place >> self.geometry.cluster_bits;
+        if counts.covers(cluster) { counts.get(cluster).references == 1 } else { !self.sum.overlap }
     }
 
     /// A table is written to only if it is nothing but that table.

@@ -8,6 +8,8 @@
 const CHUNK_BITS: u32 = 12;
 /// Clusters in a chunk. Their part of a refcount block is whole sectors, or whole blocks, at every width.
 pub const CHUNK: u64 = 1 << CHUNK_BITS;
+/// The least that a pass covers, in chunks.
+const CHUNKS_MIN: u64 = 64;
 /// Most chunks that one pass can keep in its directory.
 const CHUNKS_MAX: u64 = 1 << 20;
 
@@ -117,7 +119,9 @@ impl Counts {
     /// Counters for a pass that begins at the chunk of cluster `from`. At least one chunk fits, whatever the limit.
     pub fn new(from: u64, bytes_max: usize) -> Self {
         let start = from & !(CHUNK - 1);
-        let end = start.saturating_add(CHUNKS_MAX * CHUNK);
+        // The directory takes up to a quarter of the memory.
+        let chunks = (bytes_max as u64 / 64).clamp(CHUNKS_MIN, CHUNKS_MAX);
+        let end = start.saturating_add(chunks * CHUNK);
         Self { start, end, highest: 0, next: u64::MAX, chunks: Vec::new(), used_bytes: 0, bytes_max }
     }
 

@@ -2,6 +2,8 @@
 //! neither of the two is overwritten through the other any more.
 
 use super::Checker;
+use std::collections::HashMap;
+
 use super::counts::{Counts, METADATA};
 use super::mend::has_cluster;
 use super::rebuild::WITHOUT_OLD;
@@ -19,6 +21,26 @@ pub struct Copy {
     descriptor: u64,
     /// How often its table is referred to.
     pub times: u64,
+    /// The cluster of its table, and all references to that.
+    table: (u64, u64),
+}
+
+/// Leaves out entries of tables in which something lies that stays there: a change of the table would change it.
+fn only_in_tables_of_their_own(copies: &mut Vec<Copy>, cluster_bits: u32) {
+    loop {
+        let mut leaving: HashMap<u64, u64> = HashMap::new();
+        for copy in &*copies {
+            *leaving.entry((copy.descriptor & OFFSET_MASK) >> cluster_bits).or_default() += copy.times;
+        }
+        let before = copies.len();
+        copies.retain(|copy| {
+            let (cluster, references) = copy.table;
+            references == copy.times + leaving.get(&cluster).copied().unwrap_or(0)
+        });
+        if copies.len() == before {
+            return;
+        }
+    }
 }
 
 impl<I: Io> Checker<'_, '_, I> {
@@ -39,6 +61,7 @@ impl<I: Io> Checker<'_, '_, I> {
             }
             from = counts.next();
         }
+        only_in_tables_of_their_own(&mut copies, self.geometry.cluster_bits);
         Ok(copies)
     }
 
@@ -49,6 +72,9 @@ impl<I: Io> Checker<'_, '_, I> {
         }
         let mut bytes = vec![0; size as usize];
         self.read(&mut bytes, table.offset).await?;
+        let own = table.offset >> self.geometry.cluster_bits;
+        // Of a table that this window does not count, nothing is known: a limit of memory that few images meet.
+        let table_references = if counts.covers(own) { counts.get(own).references } else { u64::MAX };
         for (place, stored) in (table.offset..).step_by(width as usize).zip(bytes.chunks_exact(width as usize)) {
             let descriptor = stored.first_chunk().map_or(0, |word| u64::from_be_bytes(*word));
             let offset = descriptor & OFFSET_MASK;
@@ -60,7 +86,8 @@ impl<I: Io> Checker<'_, '_, I> {
             let is_overlap = counter.flags & METADATA != 0 && counter.references > 1;
             let has_room = copies.len() < self.options.memory_bytes as usize / 8 / size_of::<Copy>();
             if is_overlap && has_room && table.uses.times <= self.geometry.refcount_max() {
-                copies.push(Copy { place, descriptor, times: table.uses.times });
+                let times = table.uses.times;
+                copies.push(Copy { place, descriptor, times, table: (own, table_references) });
             }
         }
         Ok(())
@@ -71,7 +98,7 @@ impl<I: Io> Checker<'_, '_, I> {
         let mut bytes = vec![0; self.geometry.cluster_size_bytes() as usize];
         for (copy, cluster) in copies.iter().zip(first..) {
             self.read(&mut bytes, copy.descriptor & OFFSET_MASK).await?;
-            self.file.write_bytes(self.io, &bytes, HostOffset(cluster << self.geometry.cluster_bits)).await?;
+            self.put(&bytes, HostOffset(cluster << self.geometry.cluster_bits)).await?;
         }
         Ok(())
     }
@@ -81,7 +108,7 @@ impl<I: Io> Checker<'_, '_, I> {
         for (copy, cluster) in copies.iter().zip(first..) {
             let rest = copy.descriptor & !(OFFSET_MASK | COPIED);
             let descriptor = rest | cluster << self.geometry.cluster_bits;
-            self.file.write_bytes(self.io, &descriptor.to_be_bytes(), HostOffset(copy.place)).await?;
+            self.put(&descriptor.to_be_bytes(), HostOffset(copy.place)).await?;
         }
         self.file.barrier(self.io).await
     }

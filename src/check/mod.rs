@@ -26,6 +26,8 @@ mod repair;
 mod tables;
 mod walk;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::error::{Error, Result};
 use crate::format::header::INCOMPATIBLE_DATA_FILE;
 use crate::format::{Geometry, Header, HostOffset};
@@ -126,6 +128,8 @@ struct Sum {
     rebuild: bool,
     /// Metadata lies where something else does.
     overlap: bool,
+    /// A structure is lost, and with it what it referred to: that looks like leaks, and must not be given up.
+    is_lost: bool,
 }
 
 /// Which references a walk counts.
@@ -154,6 +158,8 @@ struct Checker<'a, 'o, I> {
     sum: Sum,
     done: u64,
     to_do: u64,
+    /// This round of the repair has changed something.
+    has_written: AtomicBool,
     buffer: Vec<u8>,
 }
 
@@ -192,6 +198,7 @@ impl<'a, 'o, I: Io> Checker<'a, 'o, I> {
             sum: Sum::default(),
             done: 0,
             to_do: 1,
+            has_written: AtomicBool::new(false),
             buffer: Vec::new(),
         };
         checker.refcounts = checker.read_refcount_table().await?;
@@ -279,6 +286,12 @@ impl<'a, 'o, I: Io> Checker<'a, 'o, I> {
         };
         bytes[got..].fill(0);
         Ok(())
+    }
+
+    /// Writes a part of the repair.
+    async fn put(&self, bytes: &[u8], offset: HostOffset) -> Result<()> {
+        self.has_written.store(true, Ordering::Relaxed);
+        self.file.write_bytes(self.io, bytes, offset).await
     }
 
     /// Tells the caller how far it is.

@@ -74,12 +74,12 @@ impl<I: Io> Checker<'_, '_, I> {
             entries[block as usize] = place.cluster_of(block).unwrap_or(0) << bits;
         }
         let table: Vec<u8> = entries.iter().flat_map(|entry: &u64| entry.to_be_bytes()).collect();
-        self.file.write_bytes(self.io, &table, HostOffset(place.first << bits)).await?;
+        self.put(&table, HostOffset(place.first << bits)).await?;
         self.file.barrier(self.io).await?;
         let mut roots = [0; 12];
         roots[..8].copy_from_slice(&(place.first << bits).to_be_bytes());
         roots[8..].copy_from_slice(&(place.table_clusters as u32).to_be_bytes());
-        self.file.write_bytes(self.io, &roots, HostOffset(OFFSET_REFCOUNT_TABLE)).await?;
+        self.put(&roots, HostOffset(OFFSET_REFCOUNT_TABLE)).await?;
         self.file.barrier(self.io).await?;
         self.header.refcount_table_offset = HostOffset(place.first << bits);
         self.header.refcount_table_clusters = place.table_clusters as u32;
@@ -138,7 +138,7 @@ impl<I: Io> Checker<'_, '_, I> {
         let zeroes = vec![0; (end - offset).min(READ_BYTES as u64) as usize];
         while offset < end {
             let n = (end - offset).min(zeroes.len() as u64);
-            self.file.write_bytes(self.io, &zeroes[..n as usize], HostOffset(offset)).await?;
+            self.put(&zeroes[..n as usize], HostOffset(offset)).await?;
             offset += n;
         }
         Ok(())
@@ -178,7 +178,7 @@ impl<I: Io> Checker<'_, '_, I> {
             }
             if bytes.iter().any(|byte| *byte != 0) {
                 let at = HostOffset(offset + self.offset_in_block(first));
-                self.file.write_bytes(self.io, &bytes, at).await?;
+                self.put(&bytes, at).await?;
             }
         }
         Ok(())

@@ -11,6 +11,8 @@
 //! a second look; then, if nothing is wrong any more, the dirty and corrupt bits go; barrier
 //! ```
 
+use std::sync::atomic::Ordering;
+
 use super::copied::Pass;
 use super::counts::Counts;
 use super::{CheckResult, Checker, Plan, Repair};
@@ -23,6 +25,8 @@ use crate::format::{HostOffset, refcount};
 use crate::storage::Io;
 
 const SECTOR_BYTES: usize = 512;
+/// Rounds of a repair: each makes the image better, so that the next run goes on where this one ends.
+const ROUNDS_MAX: usize = 8;
 /// A walk that only counts.
 pub(super) const QUIET: Plan = Plan { report: false, look: false, refcounts: true };
 
@@ -36,42 +40,58 @@ enum Adjust {
 }
 
 impl<I: Io> Checker<'_, '_, I> {
-    /// Puts right what the first look has found, and looks again.
+    /// Puts right what the first look has found, and looks again; once more, if that has made more possible.
     pub(super) async fn repair(mut self, before: CheckResult) -> Result<CheckResult> {
         let everything = self.options.repair == Repair::All;
         let flagged = self.header.incompatible & (INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT) != 0;
         let is_wanted = before.leaks > 0 || flagged || everything && before.corruptions > 0;
         // What could not be checked may refer to anything: nothing can be given up, and nothing is known to be right.
-        if before.check_errors > 0 || !is_wanted || self.sum.rebuild && !everything {
+        if before.check_errors > 0 || self.sum.is_lost || !is_wanted || self.sum.rebuild && !everything {
             return Ok(before);
         }
         self.options.on_finding = None;
         let first = self.sum.clone();
         self.clear_unknown_autoclear().await?;
-        let mut copied = 0;
-        if everything && before.corruptions > 0 {
-            copied += self.raise_all(first.rebuild).await?;
+        let (mut copied, mut now) = (0, before);
+        for _ in 0..ROUNDS_MAX {
+            self.has_written.store(false, Ordering::Relaxed);
+            copied += self.round(now, everything).await?;
+            if self.has_written.load(Ordering::Relaxed) {
+                self.reread().await?;
+                self.look().await?;
+            }
+            now = self.result();
+            let is_done = now.corruptions + now.leaks == 0 || now.check_errors > 0 || self.sum.is_lost;
+            if is_done || !self.has_written.load(Ordering::Relaxed) {
+                break;
+            }
         }
-        if before.leaks > 0 || before.corruptions > 0 && everything {
-            copied += self.lower_all().await?;
-        }
-        self.reread().await?;
-        self.look().await?;
-        let mut after = self.result();
         let left = self.sum.corruptions - self.sum.copied_wrong;
-        after.corruptions_fixed = (first.corruptions - first.copied_wrong).saturating_sub(left) + copied;
-        after.leaks_fixed = first.leaks.saturating_sub(self.sum.leaks);
-        if after.is_sound() {
+        now.corruptions_fixed = (first.corruptions - first.copied_wrong).saturating_sub(left) + copied;
+        now.leaks_fixed = first.leaks.saturating_sub(self.sum.leaks);
+        if now.is_sound() {
             self.clear_flags().await?;
         }
-        Ok(after)
+        Ok(now)
+    }
+
+    /// One round of changes. Returns how many COPIED flags were changed.
+    async fn round(&mut self, now: CheckResult, everything: bool) -> Result<u64> {
+        let mut copied = 0;
+        if everything && now.corruptions > 0 {
+            copied += self.raise_all(self.sum.rebuild).await?;
+        }
+        if now.leaks > 0 || now.corruptions > 0 && everything {
+            copied += self.lower_all().await?;
+        }
+        Ok(copied)
     }
 
     async fn clear_unknown_autoclear(&mut self) -> Result<()> {
         let known = self.header.autoclear & (AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW);
         if known != self.header.autoclear {
             self.header.autoclear = known;
-            self.file.write_bytes(self.io, &known.to_be_bytes(), HostOffset(OFFSET_AUTOCLEAR)).await?;
+            self.put(&known.to_be_bytes(), HostOffset(OFFSET_AUTOCLEAR)).await?;
             self.file.barrier(self.io).await?;
         }
         Ok(())
@@ -163,7 +183,7 @@ impl<I: Io> Checker<'_, '_, I> {
         }
         let Some((start, end)) = changed else { return Ok(()) };
         let (start, end) = (start / SECTOR_BYTES * SECTOR_BYTES, end.next_multiple_of(SECTOR_BYTES));
-        self.file.write_bytes(self.io, &block[start..end], HostOffset(offset + start as u64)).await
+        self.put(&block[start..end], HostOffset(offset + start as u64)).await
     }
 
     /// The file may have grown, and may have other refcount structures.
@@ -177,7 +197,7 @@ impl<I: Io> Checker<'_, '_, I> {
         let bits = self.header.incompatible & !(INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT);
         if bits != self.header.incompatible {
             self.header.incompatible = bits;
-            self.file.write_bytes(self.io, &bits.to_be_bytes(), HostOffset(OFFSET_INCOMPATIBLE)).await?;
+            self.put(&bits.to_be_bytes(), HostOffset(OFFSET_INCOMPATIBLE)).await?;
             self.file.barrier(self.io).await?;
         }
         Ok(())

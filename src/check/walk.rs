@@ -67,7 +67,7 @@ impl<I: Io> Checker<'_, '_, I> {
                         at += length as u64;
                         break snapshot;
                     }
-                    Ok(Parsed::Short(wanted)) if at + wanted as u64 <= self.file_bytes => {
+                    Ok(Parsed::Short(wanted)) if at.saturating_add(wanted as u64) <= self.file_bytes => {
                         bytes.resize(wanted.max(64 << 10), 0);
                         self.read(&mut bytes, at).await?;
                         used = 0;
@@ -95,9 +95,12 @@ impl<I: Io> Checker<'_, '_, I> {
 
     fn add_snapshot(&mut self, snapshot: &Snapshot, at: u64) {
         let (offset, entries) = (snapshot.l1_offset.0, u64::from(snapshot.l1_entries));
+        self.sum.is_lost |= is_outside(self.geometry, self.file_bytes, offset, entries.saturating_mul(8).max(1));
         if offset & (self.geometry.cluster_size_bytes() - 1) != 0 {
+            self.sum.is_lost = true;
             self.wrong(FindingKind::SnapshotTable, "L1 table of a snapshot is not aligned", at, offset);
         } else if entries > L1_ENTRIES_MAX {
+            self.sum.is_lost = true;
             self.wrong(FindingKind::SnapshotTable, "L1 table of a snapshot is larger than 32 MiB", at, entries);
         } else {
             self.snapshots.push(Area::new("L1 table of a snapshot", offset, entries * 8));
@@ -117,10 +120,14 @@ impl<I: Io> Checker<'_, '_, I> {
         let mut bytes = vec![0; length as usize];
         self.read(&mut bytes, offset).await?;
         match parse_directory(&bytes, pointer, self.geometry) {
-            Ok(entries) => self.areas.extend(entries.iter().map(|entry| {
-                let area = Area::new("bitmap table", entry.table_offset.0, entry.table_bytes());
-                Area { is_bitmap: true, ..area }
-            })),
+            Ok(entries) => {
+                let is_lost = |at: u64, bytes| is_outside(self.geometry, self.file_bytes, at, bytes);
+                self.sum.is_lost |= entries.iter().any(|entry| is_lost(entry.table_offset.0, entry.table_bytes()));
+                self.areas.extend(entries.iter().map(|entry| {
+                    let area = Area::new("bitmap table", entry.table_offset.0, entry.table_bytes());
+                    Area { is_bitmap: true, ..area }
+                }))
+            }
             Err(_) => self.wrong(FindingKind::Unreadable, "bitmap directory is malformed", offset, length),
         }
         Ok(())
