@@ -13,8 +13,10 @@ mod header {
     use std::{env, fs};
 
     /// The sections of the manual, in its order: simple calls first, then facts, then advanced.
-    const SECTIONS: &[&str] =
-        &["version", "error", "image", "io", "create", "opts", "facts", "map", "bitmap", "check", "queue", "storage"];
+    const SECTIONS: &[&str] = &[
+        "version", "error", "image", "io", "create", "opts", "facts", "map", "snapshot", "bitmap", "check", "queue",
+        "storage",
+    ];
 
     /// Writes the header, into the folder `$QCOW2_HEADER_DIR` or, without one, into the source tree.
     pub fn write() {

@@ -26,5 +26,6 @@ pub mod io;
 pub mod map;
 pub mod opts;
 pub mod queue;
+pub mod snapshot;
 pub mod storage;
 pub mod version;
