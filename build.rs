@@ -14,8 +14,8 @@ mod header {
 
     /// The sections of the manual, in its order: simple calls first, then facts, then advanced.
     const SECTIONS: &[&str] = &[
-        "version", "error", "image", "io", "create", "resize", "opts", "facts", "map", "bitmap", "check", "queue",
-        "storage",
+        "version", "error", "image", "io", "create", "resize", "opts", "facts", "map", "snapshot", "bitmap", "check",
+        "queue", "storage",
     ];
 
     /// Writes the header, into the folder `$QCOW2_HEADER_DIR` or, without one, into the source tree.

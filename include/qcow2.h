@@ -154,6 +154,8 @@ int qcow2_has_feature(const char *name);
 #define QCOW2_ERR_CANCELLED 20
 /** There is no such bitmap, or one too many, or it cannot be relied on. */
 #define QCOW2_ERR_BITMAP 24
+/** There is no such snapshot (-ENOENT), or it is open as a handle of its own (-EBUSY). */
+#define QCOW2_ERR_SNAPSHOT 23
 /** A queue is full, or has no such request to cancel. */
 #define QCOW2_ERR_QUEUE 30
 
@@ -951,6 +953,176 @@ int qcow2_map(qcow2_image *image,
               struct qcow2_extent *extents,
               size_t n_max,
               size_t *n);
+
+/* Snapshots =======================================================================================
+ *
+ * Internal snapshots: earlier states of the disk in the same file. Creating, applying and deleting one holds the image
+ * alone: reads and writes of other threads that are under way end first, new ones wait until the call returns. That
+ * takes as long as reading all L2 tables of the image (128 MiB for each TiB of disk in use, with the defaults) and
+ * writing those that change. A crash at any moment leaves the image as it was before the call or as it is after it.
+ * Snapshots go by their id or, if none has that id, by their name, of which the first in the list counts.
+ */
+
+/** A list of snapshots, as they were when it was made. */
+typedef struct qcow2_snapshots qcow2_snapshots;
+
+/** One snapshot of a list. Members may be appended in later versions. */
+typedef struct qcow2_snapshot_info {
+    /** Its id, unique in the image; valid as long as the list. */
+    const char *id;
+    /** Its name, not necessarily unique nor UTF-8; valid as long as the list. */
+    const char *name;
+    /** Size of the disk in the snapshot in bytes; UINT64_MAX where it is not recorded, and so the size now. */
+    uint64_t size_bytes;
+    /** Size of the VM state that is kept with it in bytes; 0 for none. */
+    uint64_t vm_state_bytes;
+    /** How long the guest had been running, in nanoseconds. */
+    uint64_t vm_clock_nsec;
+    /** Instruction count of record and replay; UINT64_MAX for none. */
+    uint64_t icount;
+    /** When it was taken, in seconds since the Epoch. */
+    uint32_t date_sec;
+    /** And nanoseconds. */
+    uint32_t date_nsec;
+} qcow2_snapshot_info;
+
+/** What is recorded with a new snapshot. */
+typedef struct qcow2_snapshot_facts {
+    /** sizeof(struct qcow2_snapshot_facts). */
+    size_t struct_size;
+    /** How long the guest has been running, in nanoseconds. */
+    uint64_t vm_clock_nsec;
+    /** When it was taken, in seconds since the Epoch; 0 together with date_nsec 0 means now. */
+    uint32_t date_sec;
+    /** And nanoseconds, below 1000000000. */
+    uint32_t date_nsec;
+} qcow2_snapshot_facts;
+
+/**
+ * Lists the snapshots of an image, in the order in which they were taken.
+ *
+ * image: the handle; one opened with "inspect" will do
+ * list:  where the list goes; set to NULL on an error. The caller frees it with qcow2_snapshots_free()
+ *
+ * Returns 0 or a negative errno; -EINVAL with QCOW2_ERR_BAD_HEADER means that the snapshot table is malformed, the text
+ * says where. Thread-safe. Since 0.1.
+ */
+int qcow2_snapshot_list(qcow2_image *image,
+                        struct qcow2_snapshots **list);
+
+/**
+ * How many snapshots are in a list.
+ *
+ * list: the list; NULL has none
+ *
+ * Thread-safe. Since 0.1.
+ */
+size_t qcow2_snapshots_count(const struct qcow2_snapshots *list);
+
+/**
+ * Gets one snapshot of a list.
+ *
+ * list:      the list
+ * index:     which, from 0
+ * info:      filled in; its texts belong to the list
+ * info_size: sizeof(struct qcow2_snapshot_info)
+ *
+ * Returns 0 or -EINVAL. Thread-safe. Since 0.1.
+ */
+int qcow2_snapshots_get(const struct qcow2_snapshots *list,
+                        size_t index,
+                        struct qcow2_snapshot_info *info,
+                        size_t info_size);
+
+/**
+ * Frees a list.
+ *
+ * list: not to be used any more, nor the texts in it; NULL is a no-op
+ *
+ * Thread-safe. Since 0.1.
+ */
+void qcow2_snapshots_free(struct qcow2_snapshots *list);
+
+/**
+ * Takes a snapshot of the disk as it is. Everything that was written before is durable then.
+ *
+ * image: the handle, open for writing
+ * name:  its name, 1 to 255 bytes of UTF-8. Another snapshot may have the same one. The id is one more than the largest
+ * facts: what to record with it; NULL: taken now
+ * flags: 0
+ *
+ * The header of this section says what other threads wait for.
+ * Returns 0 or a negative errno: -EFBIG (QCOW2_ERR_TOO_LARGE) a host cluster has as many references as its refcount can
+ * hold (with refcount_bits=1 any cluster), or there are 65536 snapshots; -ENOTSUP the image has an external data file;
+ * -EROFS, -EIO and what the storage returns. After an error there is no new snapshot.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_snapshot_create(qcow2_image *image,
+                          const char *name,
+                          const struct qcow2_snapshot_facts *facts,
+                          uint32_t flags);
+
+/**
+ * Makes the disk what it was when a snapshot was taken, its size included: both at once, and durably. What the disk
+ * held before is gone, unless another snapshot has it; the snapshot stays.
+ *
+ * image:      the handle, open for writing
+ * id_or_name: the snapshot
+ * flags:      0
+ *
+ * The caller sees to it that nobody believes in what was read before. VM state that is kept with the snapshot stays
+ * where it is, past the end of the disk.
+ * Returns 0 or a negative errno: -ENOENT (QCOW2_ERR_SNAPSHOT) there is no such snapshot; -EFBIG as for creating one;
+ * -ENOTSUP the image has an external data file, or persistent bitmaps, which would not follow; -EINVAL
+ * (QCOW2_ERR_BAD_HEADER) its entry in the snapshot table is malformed; -EROFS, -EIO and what the storage returns. After
+ * an error the disk is what it was.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_snapshot_apply(qcow2_image *image,
+                         const char *id_or_name,
+                         uint32_t flags);
+
+/**
+ * Deletes a snapshot, and frees what nothing else refers to.
+ *
+ * image:      the handle, open for writing
+ * id_or_name: the snapshot
+ * flags:      0
+ * progress:   told how far it has come, in the calling thread; NULL for nobody. In the first part of the work the
+ *             snapshot is only verified: as long as that lasts, a non-zero result ends the call with -ECANCELED, and
+ *             nothing has been changed. Later results count for nothing. It must not call into the image
+ * user:       passed to it
+ *
+ * Returns 0 or a negative errno: -ENOENT (QCOW2_ERR_SNAPSHOT) there is no such snapshot; -EBUSY (QCOW2_ERR_SNAPSHOT) it
+ * is open, see qcow2_snapshot_open(); -ECANCELED; -EINVAL (QCOW2_ERR_BAD_HEADER) or -EIO (QCOW2_ERR_CORRUPT) something
+ * is wrong with the snapshot; -ENOTSUP, -EROFS and what the storage returns. After an error the snapshot is still there.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_snapshot_delete(qcow2_image *image,
+                          const char *id_or_name,
+                          uint32_t flags,
+                          qcow2_progress_fn progress,
+                          void *user);
+
+/**
+ * Opens a snapshot of an open image as a handle of its own, which takes no writes: reads, qcow2_map() and the facts are
+ * those of the disk as the snapshot has it. (Without an open image: option "snapshot" of qcow2_open().)
+ *
+ * image:      the handle; reads and writes on it go on
+ * id_or_name: the snapshot
+ * flags:      0
+ * snapshot:   where the new handle goes; set to NULL on an error. The caller closes it with qcow2_close()
+ *
+ * Until it is closed the snapshot cannot be deleted, and the file stays locked as it was for the first handle, which
+ * may be closed before. Its L2 cache is one more of the same size.
+ * Returns 0 or a negative errno: -ENOENT (QCOW2_ERR_SNAPSHOT) there is no such snapshot; -EINVAL (QCOW2_ERR_BAD_HEADER)
+ * its entry in the snapshot table is malformed; -EROFS an image opened with "inspect".
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_snapshot_open(qcow2_image *image,
+                        const char *id_or_name,
+                        uint32_t flags,
+                        qcow2_image **snapshot);
 
 /* Bitmaps =========================================================================================
  *

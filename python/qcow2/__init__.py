@@ -11,7 +11,7 @@ Offsets and lengths are in bytes. An image may be used by several threads at onc
 """
 
 from ._check import CheckResult, Finding, check
-from ._image import Bitmap, DirtyExtent, Extent, Image, create, has_feature, open, option_names, version
+from ._image import Bitmap, DirtyExtent, Extent, Image, Snapshot, create, has_feature, open, option_names, version
 from ._library import Code, QcowError
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Finding",
     "Image",
     "QcowError",
+    "Snapshot",
     "check",
     "create",
     "has_feature",

@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Union
 
-from ._library import PROGRESS_FN, CBitmap, CExtent, CInfo, Code, COption, CStats, QcowError, check, lib
+from ._library import (
+    PROGRESS_FN,
+    CBitmap,
+    CExtent,
+    CInfo,
+    Code,
+    COption,
+    CSnapshotFacts,
+    CSnapshotInfo,
+    CStats,
+    QcowError,
+    check,
+    lib,
+)
 
 #: Values of options: text as in qemu-img, numbers, and booleans for on and off.
 OptionValue = Union[str, int, bool]
@@ -26,6 +39,7 @@ _MAY_UNMAP = 2
 _NO_FALLBACK = 4
 _ALLOW_SHRINK = 1
 _EXTENTS_A_CALL = 256
+_NOT_KNOWN = (1 << 64) - 1
 _DATA, _ZERO, _COMPRESSED, _PRESENT, _OFFSET_VALID, _DIRTY, _DATA_FILE = (1 << bit for bit in range(7))
 _ENABLED, _IN_USE, _INCONSISTENT, _UNUSABLE = (1 << bit for bit in range(4))
 _DISABLED = 1
@@ -145,6 +159,19 @@ class DirtyExtent:
     start: int
     length: int
     dirty: bool
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An internal snapshot. ``size`` is that of its disk, ``None`` where the image does not record it."""
+
+    id: str
+    name: str
+    size: int | None
+    date: float
+    vm_clock_nsec: int
+    vm_state_size: int
+    icount: int | None
 
 
 class Image:
@@ -390,6 +417,63 @@ class Image:
             lib.qcow2_string_free(text)
         return facts
 
+    def snapshots(self) -> list[Snapshot]:
+        """The internal snapshots, in the order in which they were taken."""
+        handle = ctypes.c_void_p()
+        self._call(lib.qcow2_snapshot_list, ctypes.byref(handle))
+        try:
+            infos = []
+            for index in range(lib.qcow2_snapshots_count(handle)):
+                info = CSnapshotInfo()
+                check(lib.qcow2_snapshots_get(handle, index, ctypes.byref(info), ctypes.sizeof(info)))
+                infos.append(_snapshot(info))
+            return infos
+        finally:
+            lib.qcow2_snapshots_free(handle)
+
+    def snapshot_create(self, name: str, *, date: float | None = None, vm_clock_nsec: int = 0) -> None:
+        """Takes a snapshot of the disk as it is; ``date`` is in seconds since the Epoch, by default now."""
+        facts = CSnapshotFacts(ctypes.sizeof(CSnapshotFacts), _u64("vm_clock_nsec", vm_clock_nsec))
+        if date is not None:
+            if date < 0 or date >= 1 << 32:
+                raise ValueError(f"date must be from 0 to 2**32, not {date}")
+            facts.date_sec, facts.date_nsec = int(date), int(date % 1 * 1e9)
+        self._call(lib.qcow2_snapshot_create, name.encode(), ctypes.byref(facts), 0)
+
+    def snapshot_apply(self, id_or_name: str) -> None:
+        """Makes the disk what it was when the snapshot was taken, its size included."""
+        self._call(lib.qcow2_snapshot_apply, id_or_name.encode(), 0)
+
+    def snapshot_delete(self, id_or_name: str, *, progress: Callable[[int, int], bool] | None = None) -> None:
+        """Deletes a snapshot.
+
+        ``progress`` is called with how much is done and how much there is in all. As long as the snapshot is only
+        verified, ``False`` (not ``None``) or an exception ends the call, and nothing has been changed.
+        """
+        failed: list[BaseException] = []
+
+        def tell(_: int | None, done: int, total: int) -> int:
+            try:
+                return int(progress is not None and progress(done, total) is False)
+            except BaseException as error:  # no exception crosses C
+                failed.append(error)
+                return 1
+
+        try:
+            self._call(lib.qcow2_snapshot_delete, id_or_name.encode(), 0, PROGRESS_FN(tell), None)
+        finally:
+            if failed:
+                raise failed[0]
+
+    def snapshot_open(self, id_or_name: str) -> Image:
+        """Opens a snapshot as an image of its own, which takes no writes and keeps it from being deleted."""
+        opened = Image.__new__(Image)
+        opened._handle = ctypes.c_void_p()
+        opened._users = 0
+        opened._idle = threading.Condition()
+        self._call(lib.qcow2_snapshot_open, id_or_name.encode(), 0, ctypes.byref(opened._handle))
+        return opened
+
     @property
     def cluster_size(self) -> int:
         """Bytes in a cluster."""
@@ -428,6 +512,18 @@ def _u64(name: str, value: int) -> int:
     if value < 0 or value >= 1 << 64:
         raise ValueError(f"{name} must be from 0 to 2**64 - 1, not {value}")
     return value
+
+
+def _snapshot(info: CSnapshotInfo) -> Snapshot:
+    return Snapshot(
+        id=(info.id or b"").decode("utf-8", "replace"),
+        name=(info.name or b"").decode("utf-8", "replace"),
+        size=None if info.size_bytes == _NOT_KNOWN else info.size_bytes,
+        date=info.date_sec + info.date_nsec / 1e9,
+        vm_clock_nsec=info.vm_clock_nsec,
+        vm_state_size=info.vm_state_bytes,
+        icount=None if info.icount == _NOT_KNOWN else info.icount,
+    )
 
 
 def _extent(extent: CExtent) -> Extent:

@@ -36,6 +36,7 @@ class Code(enum.IntEnum):
     LOCKED = 18
     BAD_SECRET = 19
     CANCELLED = 20
+    SNAPSHOT = 23
     BITMAP = 24
     QUEUE = 30
 
@@ -107,6 +108,32 @@ class CBitmap(ctypes.Structure):
         ("granularity_bytes", ctypes.c_uint64),
         ("flags", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
+    ]
+
+
+class CSnapshotInfo(ctypes.Structure):
+    """struct qcow2_snapshot_info."""
+
+    _fields_ = [
+        ("id", ctypes.c_char_p),
+        ("name", ctypes.c_char_p),
+        ("size_bytes", ctypes.c_uint64),
+        ("vm_state_bytes", ctypes.c_uint64),
+        ("vm_clock_nsec", ctypes.c_uint64),
+        ("icount", ctypes.c_uint64),
+        ("date_sec", ctypes.c_uint32),
+        ("date_nsec", ctypes.c_uint32),
+    ]
+
+
+class CSnapshotFacts(ctypes.Structure):
+    """struct qcow2_snapshot_facts."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("vm_clock_nsec", ctypes.c_uint64),
+        ("date_sec", ctypes.c_uint32),
+        ("date_nsec", ctypes.c_uint32),
     ]
 
 
@@ -232,6 +259,23 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             ctypes.POINTER(ctypes.c_size_t),
         ],
     ),
+    "qcow2_snapshot_list": (ctypes.c_int, [_HANDLE, _OUT]),
+    "qcow2_snapshots_count": (ctypes.c_size_t, [ctypes.c_void_p]),
+    "qcow2_snapshots_get": (
+        ctypes.c_int,
+        [ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(CSnapshotInfo), ctypes.c_size_t],
+    ),
+    "qcow2_snapshots_free": (None, [ctypes.c_void_p]),
+    "qcow2_snapshot_create": (
+        ctypes.c_int,
+        [_HANDLE, ctypes.c_char_p, ctypes.POINTER(CSnapshotFacts), ctypes.c_uint32],
+    ),
+    "qcow2_snapshot_apply": (ctypes.c_int, [_HANDLE, ctypes.c_char_p, ctypes.c_uint32]),
+    "qcow2_snapshot_delete": (
+        ctypes.c_int,
+        [_HANDLE, ctypes.c_char_p, ctypes.c_uint32, PROGRESS_FN, ctypes.c_void_p],
+    ),
+    "qcow2_snapshot_open": (ctypes.c_int, [_HANDLE, ctypes.c_char_p, ctypes.c_uint32, _OUT]),
 }
 
 

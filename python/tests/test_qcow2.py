@@ -51,6 +51,46 @@ class Case(unittest.TestCase):
         return Expectation()
 
 
+class Snapshots(Case):
+    def test_take_change_apply_delete(self) -> None:
+        with self.image() as image:
+            image.write(b"old", 70000)
+            image.snapshot_create("first", date=1234567890.5, vm_clock_nsec=7)
+            image.write(b"new", 70000)
+            image.snapshot_create("second")
+            first, second = image.snapshots()
+            self.assertEqual((first.id, first.name, first.size), ("1", "first", 1 << 20))
+            self.assertEqual((first.date, first.vm_clock_nsec, first.icount), (1234567890.5, 7, None))
+            self.assertEqual((second.id, second.vm_state_size), ("2", 0))
+            self.assertEqual([s["name"] for s in image.info()["snapshots"]], ["first", "second"])
+            with image.snapshot_open("first") as opened:
+                self.assertEqual(opened.read(3, 70000), b"old")
+                with self.fails(qcow2.Code.READ_ONLY, errno.EROFS, "read-only"):
+                    opened.write(b"x", 0)
+                with self.fails(qcow2.Code.SNAPSHOT, errno.EBUSY, "first"):
+                    image.snapshot_delete("first")
+            image.snapshot_apply("1")
+            self.assertEqual(image.read(3, 70000), b"old")
+            told: list[tuple[int, int]] = []
+            image.snapshot_delete("first", progress=lambda *args: told.append(args))
+            self.assertEqual(told[-1][0], told[-1][1])
+            self.assertEqual([s.name for s in image.snapshots()], ["second"])
+            with self.fails(qcow2.Code.SNAPSHOT, errno.ENOENT, "first"):
+                image.snapshot_apply("first")
+        with qcow2.open(self.disk, snapshot="second") as image:
+            self.assertEqual(image.read(3, 70000), b"new")
+
+    def test_a_delete_that_is_ended_changes_nothing(self) -> None:
+        with self.image() as image:
+            image.write(b"old", 0)
+            image.snapshot_create("s")
+            with self.fails(qcow2.Code.CANCELLED, errno.ECANCELED, ""):
+                image.snapshot_delete("s", progress=lambda done, total: False)
+            with self.assertRaises(ZeroDivisionError):
+                image.snapshot_delete("s", progress=lambda done, total: 1 // 0)
+            self.assertEqual(len(image.snapshots()), 1)
+
+
 class Data(Case):
     def test_read_what_was_written(self) -> None:
         with self.image(extended_l2=True) as image:

@@ -3,10 +3,11 @@
 
 use super::Allocator;
 use crate::error::Result;
-use crate::format::HostCluster;
-use crate::storage::Io;
+use crate::format::{HostCluster, HostOffset, l2_table};
+use crate::storage::{Io, IoDst};
 use crate::tables::Tables;
 use crate::tables::refcounts::{Need, RefcountState};
+use crate::wait::lock;
 
 type Answer = Result<std::result::Result<(), Need>>;
 
@@ -81,6 +82,29 @@ pub async fn lower<I: Io>(io: &I, tables: &Tables, allocator: &Allocator, cluste
         }
     }
     Ok(())
+}
+
+/// Notes an L2 table that nothing refers to by a tree that is gone, and that could not be read.
+pub fn keep_for_later(allocator: &Allocator, table: HostOffset) {
+    lock(&allocator.unread).push(table);
+}
+
+/// Takes back the references of tables that could not be read when that was to be done.
+pub(super) async fn lower_unread<I: Io>(io: &I, tables: &Tables, allocator: &Allocator, punch: bool) -> Result<()> {
+    let geometry = tables.geometry;
+    loop {
+        let next = lock(&allocator.unread).last().copied();
+        let Some(at) = next else { return Ok(()) };
+        let mut bytes = vec![0; geometry.cluster_size_bytes() as usize];
+        tables.file.read(io, &[IoDst::from(&mut bytes[..])], at).await?;
+        lock(&allocator.unread).retain(|table| *table != at);
+        // It was verified before the tree was let go; otherwise it is a leak that a repair finds.
+        if let Ok(mut clusters) = l2_table::references(&bytes, geometry) {
+            clusters.push(geometry.host_cluster(at).0);
+            clusters.sort_unstable();
+            Box::pin(lower(io, tables, allocator, &clusters, punch)).await?;
+        }
+    }
 }
 
 /// Those of these clusters, which are sorted, that have one reference.

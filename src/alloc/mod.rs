@@ -51,6 +51,9 @@ pub struct Allocator {
     holes: Mutex<HashMap<GuestCluster, Hole>>,
     /// Guest clusters whose host cluster stayed when some of its data was dropped, and the epoch of `transfers` then.
     dropped: Mutex<HashMap<GuestCluster, u64>>,
+    /// L2 tables that a tree has let go of, but could not be read for what they refer to: with the next flush. They keep
+    /// the reference of that tree, so that nobody changes them meanwhile.
+    unread: Mutex<Vec<HostOffset>>,
 }
 
 /// Clusters that are counted but in no table yet. Dropping it gives back those that were not linked.
@@ -258,7 +261,8 @@ impl Allocator {
             !safe
         });
         ready.sort_unstable();
-        self.lower(io, tables, ready, punch).await
+        self.lower(io, tables, ready, punch).await?;
+        bulk::lower_unread(io, tables, self, punch).await
     }
 
     /// Takes back a reference to each of these clusters, which are sorted, at once. The caller knows that it is safe:

@@ -55,6 +55,8 @@ pub const QCOW2_ERR_BAD_SECRET: i32 = 19;
 pub const QCOW2_ERR_CANCELLED: i32 = 20;
 /// There is no such bitmap, or one too many, or it cannot be relied on.
 pub const QCOW2_ERR_BITMAP: i32 = 24;
+/// There is no such snapshot (-ENOENT), or it is open as a handle of its own (-EBUSY).
+pub const QCOW2_ERR_SNAPSHOT: i32 = 23;
 
 /// A queue is full, or has no such request to cancel.
 pub const QCOW2_ERR_QUEUE: i32 = 30;
@@ -76,6 +78,7 @@ const _: () = {
     assert!(QCOW2_ERR_OUT_OF_RANGE == ErrorCode::OutOfRange as i32);
     assert!(QCOW2_ERR_ARGUMENT == ErrorCode::Argument as i32);
     assert!(QCOW2_ERR_OPTION == ErrorCode::Option as i32);
+    assert!(QCOW2_ERR_SNAPSHOT == ErrorCode::Snapshot as i32);
     assert!(QCOW2_ERR_TOO_LARGE == ErrorCode::TooLarge as i32);
     assert!(QCOW2_ERR_EXISTS == ErrorCode::Exists as i32);
     assert!(QCOW2_ERR_PANIC == ErrorCode::Panic as i32);

@@ -187,7 +187,7 @@ pub unsafe extern "C" fn qcow2_info_json(image: *mut qcow2_image, json: *mut *mu
         // SAFETY: NULL or valid for a write by the manual above.
         let json = unsafe { out("json", json, std::ptr::null_mut()) }?;
         // JSON escapes NUL, so there is none in the text.
-        *json = CString::new(image.image.info().to_json(&image.image.path().to_string_lossy()))
+        *json = CString::new(image.image.info_with_lists().to_json(&image.image.path().to_string_lossy()))
             .unwrap_or_default()
             .into_raw();
         Ok(())

@@ -27,5 +27,6 @@ pub mod map;
 pub mod opts;
 pub mod queue;
 pub mod resize;
+pub mod snapshot;
 pub mod storage;
 pub mod version;

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::bitmaps::BitmapInfo;
 use crate::format::header::{COMPATIBLE_LAZY_REFCOUNTS, Encryption, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
-use crate::format::{BackingName, Compression, Header};
+use crate::format::{BackingName, Compression, Header, Snapshot};
 
 /// What is known about an image without looking at its tables or at the files that it refers to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +43,8 @@ pub struct Info {
     pub snapshots: u32,
     /// The bitmaps, where the image could be asked for them.
     pub bitmaps: Vec<BitmapInfo>,
+    /// The snapshots themselves, where somebody has read them: they are not in the header.
+    pub snapshot_list: Vec<Snapshot>,
     /// Incompatible feature bits.
     pub incompatible: u64,
     /// Compatible feature bits.
@@ -77,6 +79,7 @@ impl Info {
             data_file_raw: header.data_file_is_raw(),
             snapshots: header.snapshots,
             bitmaps: Vec::new(),
+            snapshot_list: Vec::new(),
             incompatible: header.incompatible,
             compatible: header.compatible,
             autoclear: header.autoclear,
@@ -99,13 +102,19 @@ impl Info {
     }
 
     /// What `qemu-img info --output=json` prints, with its keys in its order. `filename` is the name by which the
-    /// caller opened the image. Lists of snapshots and encryption slots are not part of it.
+    /// caller opened the image. Lists that are read from other places than the header are part of it as far as
+    /// somebody has read them; encryption slots are not.
     pub fn to_json(&self, filename: &str) -> String {
         let mut json = Json::default();
         json.object(None, |json| {
             json.array("children", |json| json.object(None, |json| self.file_child(json, filename)));
             if let Some(format) = self.backing.as_ref().and_then(|backing| backing.format.as_ref()) {
                 json.string("backing-filename-format", format);
+            }
+            if !self.snapshot_list.is_empty() {
+                json.array("snapshots", |json| {
+                    self.snapshot_list.iter().for_each(|s| json.object(None, |json| snapshot(json, s)));
+                });
             }
             json.number("virtual-size", self.size_bytes);
             json.string("filename", filename);
@@ -184,6 +193,20 @@ fn bitmap_entry(json: &mut Json, bitmap: &BitmapInfo) {
     });
     json.string("name", &bitmap.name);
     json.number("granularity", bitmap.granularity_bytes);
+}
+
+fn snapshot(json: &mut Json, snapshot: &Snapshot) {
+    const SECOND: u64 = 1_000_000_000;
+    if let Some(icount) = snapshot.icount() {
+        json.number("icount", icount);
+    }
+    json.number("vm-clock-nsec", snapshot.vm_clock_nsec % SECOND);
+    json.string("name", &String::from_utf8_lossy(&snapshot.name));
+    json.number("date-sec", snapshot.date_sec.into());
+    json.number("date-nsec", snapshot.date_nsec.into());
+    json.number("vm-clock-sec", snapshot.vm_clock_nsec / SECOND);
+    json.string("id", &String::from_utf8_lossy(&snapshot.id));
+    json.number("vm-state-size", snapshot.vm_state_bytes());
 }
 
 /// The backing file's name from where the caller is: relative to the folder of the image, unless it is absolute or

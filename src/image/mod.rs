@@ -197,6 +197,12 @@ impl Image {
         info
     }
 
+    /// As [`Image::info`], and what has to be read from elsewhere than the header: the snapshots. If that cannot be
+    /// done, they are missing; [`Image::snapshots`] says why.
+    pub fn info_with_lists(&self) -> Info {
+        Info { snapshot_list: self.snapshots().unwrap_or_default(), ..self.info() }
+    }
+
     /// What this handle has counted.
     pub fn stats(&self) -> Stats {
         self.counters.stats()

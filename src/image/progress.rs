@@ -20,6 +20,11 @@ impl<'a> Progress<'a> {
         Self { tell, done: Cell::new(0), total }
     }
 
+    /// Nobody wants to know.
+    pub fn none() -> Self {
+        Self::new(None, 0)
+    }
+
     /// `units` more are done. Fails if the caller wants no more of it.
     pub fn advance(&self, units: u64) -> Result<()> {
         self.done.set(self.total.min(self.done.get() + units));

@@ -66,7 +66,7 @@ impl Image {
             return Err(Error::TooLarge { what: "the number of snapshots", limit: SNAPSHOTS_MAX.into() });
         }
         let active = Tree::active(tables);
-        if let Err(e) = active.check(io, tables, Count::Raise, &Progress::new(None, 0)).await {
+        if let Err(e) = active.check(io, tables, Count::Raise, &Progress::none()).await {
             return Err(self.note_error(io, e).await);
         }
         let old = table.clusters(tables.geometry);
@@ -114,10 +114,10 @@ impl Image {
         let table = self.load_snapshots(io).await?;
         let (size_bytes, tree) = self.tree_of(io, &table, id_or_name).await?.1;
         let old = Tree::active(tables);
-        if let Err(e) = old.check(io, tables, Count::Lower, &Progress::new(None, 0)).await {
+        if let Err(e) = old.check(io, tables, Count::Lower, &Progress::none()).await {
             return Err(self.note_error(io, e).await);
         }
-        tree.check(io, tables, Count::Raise, &Progress::new(None, 0)).await?;
+        tree.check(io, tables, Count::Raise, &Progress::none()).await?;
         let entries = tree.shared_l1();
         let l1 = self.write_table(io, &l1_bytes(&entries)).await?;
         tree.share(io, tables, &self.allocator).await?;
@@ -136,7 +136,7 @@ impl Image {
         }
         l1.clusters.keep();
         self.tidy_up(io, &alone, async |tables| {
-            let lowered = old.lower(io, tables, &self.allocator, self.unmap).await;
+            let lowered = old.lower(io, tables, &self.allocator, self.unmap, &Progress::none()).await;
             lowered.and(bulk::lower(io, tables, &self.allocator, &old.l1_clusters(tables), self.unmap).await)
         })
         .await;
@@ -170,7 +170,7 @@ impl Image {
         alone.switch_roots(io, change, None).await?;
         directory.clusters.keep();
         self.tidy_up(io, &alone, async |tables| {
-            let lowered = tree.lower(io, tables, &self.allocator, self.unmap).await;
+            let lowered = tree.lower(io, tables, &self.allocator, self.unmap, &progress).await;
             let mut clusters = tree.l1_clusters(tables);
             clusters.extend(old);
             clusters.sort_unstable();
@@ -217,21 +217,24 @@ impl Image {
     /// After an error between sharing and the switch: what was raised is lowered, and what was alone is again.
     async fn take_back<I: Io>(&self, io: &I, alone: &Alone<'_>, shared: &Tree) {
         self.tidy_up(io, alone, async |tables| {
-            shared.lower(io, tables, &self.allocator, false).await?;
-            own_what_is_single(io, tables, &Progress::new(None, 0)).await
+            shared.lower(io, tables, &self.allocator, false, &Progress::none()).await?;
+            own_what_is_single(io, tables, &Progress::none()).await
         })
         .await;
     }
 
-    /// Does what is left once it is decided which roots count. An error there leaves leaked clusters, or clusters that
-    /// are copied although they need not be, and nothing else: it is no error of the call.
+    /// Does what is left once it is decided which roots count. An error there leaves clusters that are counted too
+    /// often until a later flush, or copied although they need not be, and nothing else: it is no error of the call.
     async fn tidy_up<I: Io>(&self, io: &I, alone: &Alone<'_>, work: impl AsyncFnOnce(&Tables) -> Result<()>) {
         let done = match work(alone.tables()).await {
             Ok(()) => alone.flush(io).await,
             Err(e) => Err(e),
         };
         if let Err(e) = done {
-            self.log(LogLevel::Warning, &format!("clusters of a snapshot are leaked, which a repair finds: {e}"));
+            self.log(
+                LogLevel::Warning,
+                &format!("letting go of clusters after a snapshot operation failed, and is tried again later: {e}"),
+            );
         }
     }
 }

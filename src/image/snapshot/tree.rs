@@ -152,7 +152,7 @@ impl Tree {
         for index in 0..self.l1.len() {
             if let Err(e) = self.share_table(io, tables, index).await {
                 // What cannot be taken back now is leaked; what counts is why.
-                let _ = self.lower_tables(io, tables, allocator, 0..index, false).await;
+                let _ = self.unshare(io, tables, allocator, 0..index).await;
                 return Err(e);
             }
         }
@@ -167,30 +167,48 @@ impl Tree {
         bulk::raise(io, tables, &table.clusters).await
     }
 
-    /// Takes back a reference from everything in the tree. No L1 table on disk makes it reachable by that any more.
-    pub(super) async fn lower<I: Io>(&self, io: &I, tables: &Tables, allocator: &Allocator, punch: bool) -> Result<()> {
-        self.lower_tables(io, tables, allocator, 0..self.l1.len(), punch).await
+    /// Takes back a reference from everything in the tree, which no L1 table on disk makes reachable by that any more.
+    /// What an error gets in the way of is done with a later flush.
+    pub(super) async fn lower<I: Io>(
+        &self,
+        io: &I,
+        tables: &Tables,
+        allocator: &Allocator,
+        punch: bool,
+        progress: &Progress<'_>,
+    ) -> Result<()> {
+        let mut result = Ok(());
+        for index in 0..self.l1.len() {
+            let _ = progress.advance(1); // too late to be ended
+            result = result.and(match self.table(io, tables, index).await {
+                Ok(Some(table)) => bulk::lower(io, tables, allocator, &table.clusters, punch).await,
+                Ok(None) => Ok(()),
+                Err(e) => {
+                    let place = decode_l1(self.l1[index], tables.geometry);
+                    if let (Error::Io { .. }, Ok((at, _))) = (&e, place) {
+                        bulk::keep_for_later(allocator, at);
+                    }
+                    Err(e)
+                }
+            });
+        }
+        result
     }
 
-    async fn lower_tables<I: Io>(
+    /// Takes back what was shared in the first tables.
+    async fn unshare<I: Io>(
         &self,
         io: &I,
         tables: &Tables,
         allocator: &Allocator,
         indices: std::ops::Range<usize>,
-        punch: bool,
     ) -> Result<()> {
-        let mut result = Ok(());
         for index in indices {
-            // One that fails is no reason to leak the others.
-            let lowered = match self.table(io, tables, index).await {
-                Ok(Some(table)) => bulk::lower(io, tables, allocator, &table.clusters, punch).await,
-                Ok(None) => Ok(()),
-                Err(e) => Err(e),
-            };
-            result = result.and(lowered);
+            if let Some(table) = self.table(io, tables, index).await? {
+                bulk::lower(io, tables, allocator, &table.clusters, false).await?;
+            }
         }
-        result
+        Ok(())
     }
 }
 
