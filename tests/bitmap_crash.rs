@@ -24,7 +24,7 @@ use qcow2::image::options::Discard;
 use qcow2::image::{BitmapOptions, Image, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, SECTOR_BYTES, Scheduler, SimDisk, SimIo, Task};
 use qcow2::storage::{Blocking, Io, IoSrc, Storage};
-use stage::{Case, Guest, Start, cases, judge_sample, options, pattern};
+use stage::{Case, Guest, Start, cases, judge_sample, options, pattern, squeezable};
 
 type Content = Rc<[u8; SECTOR_BYTES]>;
 
@@ -45,12 +45,16 @@ struct World {
     touched: BTreeSet<u64>,
     /// Sectors of which a change has failed: they hold the old or the new.
     failed: BTreeSet<u64>,
+    /// What the hot sectors hold in each snapshot.
+    snapshots: Vec<Vec<(u64, Content)>>,
 }
 
 impl World {
     fn new(start: &Start, bitmaps: &Bitmaps) -> Self {
         let (touched, failed) = (BTreeSet::new(), BTreeSet::new());
-        Self { guest: start.guest(), bitmaps: vec![bitmaps.clone()], touched, failed }
+        let hot = |contents: &Vec<Content>| start.hot_sectors.iter().copied().zip(contents.iter().cloned()).collect();
+        let snapshots = start.snapshots.iter().map(hot).collect();
+        Self { guest: start.guest(), bitmaps: vec![bitmaps.clone()], touched, failed, snapshots }
     }
 
     fn contents(&self) -> BTreeMap<u64, Vec<Content>> {
@@ -118,6 +122,8 @@ impl World {
 #[derive(Debug, Clone)]
 enum Step {
     Write { offset: u64, length: u64, fua: bool },
+    Compressed { offset: u64, length: u64 },
+    Apply(usize),
     Zero { offset: u64, length: u64, unmap: bool },
     Discard { offset: u64, length: u64 },
     Flush,
@@ -150,8 +156,12 @@ fn random_operation(rng: &mut Rng, there: &Bitmaps) -> Step {
 fn random_change(rng: &mut Rng, start: &Start) -> Step {
     let align = if rng.one_in(3) { 1 } else { 512 };
     let (offset, length) = start.random_range(rng, align);
-    match rng.below(10) {
+    match rng.below(11) {
         0 => Step::Flush,
+        10 => {
+            let (offset, length) = start.random_cluster(rng);
+            Step::Compressed { offset, length }
+        }
         1 => Step::Zero { offset, length, unmap: rng.one_in(2) },
         2 => {
             let (offset, length) = start.random_cluster(rng);
@@ -184,9 +194,10 @@ fn after(step: &Step, world: &World, bitmaps: &Bitmaps) -> Option<Bitmaps> {
 
 async fn perform<I: Io>(image: &Image, io: &I, world: &RefCell<World>, op: u64, step: Step) -> qcow2::Result<()> {
     let sectors = match &step {
-        Step::Write { offset, length, .. } | Step::Zero { offset, length, .. } | Step::Discard { offset, length } => {
-            offset / 512..(offset + length).div_ceil(512)
-        }
+        Step::Write { offset, length, .. }
+        | Step::Compressed { offset, length }
+        | Step::Zero { offset, length, .. }
+        | Step::Discard { offset, length } => offset / 512..(offset + length).div_ceil(512),
         _ => 0..0,
     };
     let result = try_to_perform(image, io, world, op, step).await;
@@ -219,6 +230,23 @@ async fn try_to_perform<I: Io>(
                 true => world.borrow_mut().guest.forced(&ticket),
                 false => world.borrow_mut().guest.complete(&ticket),
             }
+        }
+        Step::Compressed { offset, length } => {
+            let data = squeezable(op, offset, length);
+            let ticket = world.borrow_mut().issue(offset, &data);
+            let flags = WriteFlags { compressed: true, ..WriteFlags::default() };
+            image.write_with(io, &[IoSrc::from(&data[..])], GuestOffset(offset), flags).await?;
+            world.borrow_mut().guest.complete(&ticket);
+        }
+        Step::Apply(index) => {
+            let contents = world.borrow().snapshots[index].clone();
+            let issue = |(sector, content): &(u64, Content)| world.borrow_mut().issue(sector * 512, &content[..]);
+            let tickets: Vec<_> = contents.iter().map(issue).collect();
+            image.snapshot_apply_with(io, &format!("s{index}")).await?;
+            let mut world = world.borrow_mut();
+            tickets.iter().for_each(|ticket| world.guest.complete(ticket));
+            let now = world.guest.now();
+            world.guest.flushed(now);
         }
         Step::Zero { offset, length, unmap } => {
             let ticket = world.borrow_mut().issue(offset, &vec![0; length as usize]);
@@ -372,8 +400,11 @@ fn run_script(start: &Start, bitmaps: &Bitmaps, seed: u64, tally: &mut Tally) {
             scheduler.run_one(open(&io, &disk, start, cache), || watch(&|| "open".into(), tally)).unwrap().unwrap();
         for _ in 0..3 + rng.below(7) {
             let steps = if rng.one_in(3) {
-                let there = world.borrow().bitmaps[0].clone();
-                vec![random_operation(&mut rng, &there)]
+                let (there, snapshots) = (world.borrow().bitmaps[0].clone(), start.snapshots.len() as u64);
+                match snapshots > 0 && rng.one_in(4) {
+                    true => vec![Step::Apply(rng.below(snapshots) as usize)],
+                    false => vec![random_operation(&mut rng, &there)],
+                }
             } else {
                 group(&mut rng, start)
             };
