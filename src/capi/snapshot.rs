@@ -219,10 +219,11 @@ fn facts_of(given: &qcow2_snapshot_facts) -> Result<SnapshotFacts> {
 /// id_or_name: the snapshot
 /// flags:      0
 ///
-/// The caller sees to it that nobody believes in what was read before. VM state that is kept with the snapshot stays
+/// The caller sees to it that nobody believes in what was read before. What reads differently becomes dirty in enabled
+/// bitmaps. VM state that is kept with the snapshot stays
 /// where it is, past the end of the disk.
 /// Returns 0 or a negative errno: -ENOENT (QCOW2_ERR_SNAPSHOT) there is no such snapshot; -EFBIG as for creating one;
-/// -ENOTSUP the image has an external data file, or persistent bitmaps, which would not follow; -EINVAL
+/// -ENOTSUP the image has an external data file; -EINVAL
 /// (QCOW2_ERR_BAD_HEADER) its entry in the snapshot table is malformed; -EROFS, -EIO and what the storage returns. After
 /// an error the disk is what it was.
 /// Thread-safe. Since 0.1.
