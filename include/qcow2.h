@@ -495,8 +495,8 @@ int qcow2_create_storage(qcow2_storage *storage,
  * system. Internal snapshots keep their own size. The new size is in force, and durable, when the call returns; after
  * a crash the disk has its old size or the new one, and so it has after an error (qcow2_size() tells).
  * Returns 0 or a negative errno: -EINVAL smaller without QCOW2_ALLOW_SHRINK, or a wrong option; -EFBIG larger than the
- * format can have with that cluster size; -ENOTSUP the image has persistent bitmaps, or is of version 2 with
- * snapshots or over a longer backing file; -ENOSPC; -ECANCELED the progress function ended it: the disk has its old
+ * format can have with that cluster size; -ENOTSUP the image has persistent bitmaps or an external data file, or is of
+ * version 2 with snapshots or over a longer backing file; -ENOSPC; -ECANCELED the progress function ended it: the disk has its old
  * size; -EROFS.
  * Thread-safe; requests of other threads wait until it is done. Since 0.1.
  */

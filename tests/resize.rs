@@ -283,6 +283,15 @@ fn what_cannot_be_resized_says_why_and_stays() {
     image.close().unwrap();
     qemu::check(&path, false);
 
+    let data = dir.path("data.raw");
+    qemu::img(&["create", "-q", "-f", "qcow2", "-o", &format!("data_file={data}"), &path, "1M"]);
+    let mut options = OpenOptions::default();
+    options.set("data_file", &data).unwrap();
+    let image = Image::open(Path::new(&path), &options).unwrap();
+    let e = image.resize(2 << 20, SHRINK, None).unwrap_err();
+    assert!(matches!(&e, Error::Unsupported { feature } if feature.contains("data file")), "{e}");
+    drop(image);
+
     let options = OpenOptions { read_only: true, ..Default::default() };
     make(&[]);
     let image = Image::open(Path::new(&path), &options).unwrap();

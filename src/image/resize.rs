@@ -99,8 +99,12 @@ impl Image {
                 "another size for a version 2 image with snapshots, which do not say how large they are",
             );
         }
-        if header.autoclear & AUTOCLEAR_BITMAPS != 0 {
+        // While they are recorded they live in memory, and the bit on disk says that they are not to be relied on.
+        if header.autoclear & AUTOCLEAR_BITMAPS != 0 || !self.bitmap_list()?.is_empty() {
             return unsupported("another size for an image with persistent bitmaps");
+        }
+        if self.active().external.is_some() {
+            return unsupported("another size for an image with an external data file");
         }
         Ok(())
     }
