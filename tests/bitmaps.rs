@@ -7,13 +7,14 @@ mod qemu;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use judge::bitmaps::StoredBitmap;
 use judge::{Judge, Layout};
 use qcow2::error::{BitmapProblem, ErrorCode};
 use qcow2::image::options::Discard;
 use qcow2::image::{BitmapExtent, BitmapOptions, Image, OpenOptions, ZeroFlags};
-use qcow2::storage::sim::{DiskImage, Rng};
+use qcow2::storage::sim::{DiskImage, Fault, Rng, SimDisk};
 use qcow2::{Error, format};
 
 fn open(path: &str) -> Image {
@@ -646,6 +647,34 @@ fn applying_a_snapshot_is_a_change() {
     assert_eq!(found["on"].dirty(), granules(&[(0, 512), (96 << 10, 32 << 10)], 4096));
     assert!(found["off"].dirty().is_empty() && !found["off"].in_use && !found["on"].in_use);
     qemu::check(&path, false);
+}
+
+/// A mark that could not be written was taken for written, and the change went ahead without it.
+#[test]
+fn without_the_mark_nothing_is_changed() {
+    let Some(dir) = qemu::dir("bitmaps-no-mark") else { return };
+    let path = dir.path("mark.qcow2");
+    qemu::img(&["create", "-q", "-f", "qcow2", &path, "4M"]);
+    qemu::io(&path, &["write -q 0 64k"]);
+    qemu::img(&["bitmap", "--add", &path, "b"]);
+    let start = DiskImage::new(std::fs::read(&path).unwrap());
+    let mut failed = BTreeSet::new();
+    for call in 0.. {
+        let disk = Arc::new(SimDisk::new(start.clone()));
+        let image = Image::open_storage(disk.clone(), &OpenOptions::default()).unwrap();
+        disk.set_fault(Some(Fault { index: disk.calls() + call, errno: libc::EIO, sticky: false }));
+        let result = image.pwrite(&[7; 512], 0);
+        let Some((what, _)) = disk.fault_hit() else { break };
+        failed.insert(what);
+        assert_eq!(result.unwrap_err().errno(), libc::EIO, "call {call}, a {what}, has failed");
+        let now = disk.current();
+        let layout = Layout::parse(&now).unwrap();
+        let mut content = [0; 512];
+        layout.read(0, 0, &mut content).unwrap().unwrap();
+        let found = judge::bitmaps(&layout).unwrap();
+        assert!(content != [7; 512] || found[0].in_use, "call {call}, a {what}");
+    }
+    assert_eq!(failed.into_iter().collect::<Vec<_>>(), ["flush", "read", "write"]);
 }
 
 /// Who opens an image with an enabled bitmap and only reads leaves it byte by byte as it was, whatever QEMU does.
