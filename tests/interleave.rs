@@ -227,7 +227,7 @@ fn interleaving(start: &Start, seed: u64, dir: &qemu::Dir, name: &str) {
             image.write_zeroes(offset, length, ZeroFlags::default()).unwrap();
             continue;
         }
-        if rng.one_in(3) {
+        if rng.one_in(3) && !image.header().has_data_file() {
             let (offset, length) = start.random_clusters(&mut rng);
             let data = squeezable(100 + op, offset, length);
             guest.issue(offset, &data);

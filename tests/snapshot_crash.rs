@@ -139,10 +139,11 @@ impl Worlds {
         f(&mut self.now.borrow_mut()[0].guest)
     }
 
-    /// What is wrong with a disk in the world that it is closest to, and that world.
-    fn judge(&self, judge: &mut Judge, image: &DiskImage, phase: u64) -> (Vec<String>, World) {
+    /// What is wrong with a disk in the world that it is closest to, and that world. A sample of the sectors is looked
+    /// at, or all of them: two worlds may differ in a single one.
+    fn judge(&self, judge: &mut Judge, image: &DiskImage, phase: u64, all: bool) -> (Vec<String>, World) {
         let worlds = self.now.borrow();
-        let sparse = |world: &World| (world.start.hot_sectors.len() as u64 / 64).max(1);
+        let sparse = |world: &World| if all { 1 } else { (world.start.hot_sectors.len() as u64 / 64).max(1) };
         let of = |judge: &mut Judge, world: &World| {
             judge_sample(judge, image, &world.guest, &world.start, phase, sparse(world))
         };
@@ -258,9 +259,10 @@ fn run_script(case: &Case, start: &Start, seed: u64, judge: &mut Judge, totals: 
             return;
         }
         totals[1] += disk.crash_states(&mut choosing, CrashBudget { singles: 8, random: 6 }, |image| {
-            let (wrong, world) = worlds.judge(judge, image, sampling.next_u64() >> 32);
+            let (phase, reopens) = (sampling.next_u64() >> 32, sampling.one_in(REOPEN_ONE_IN));
+            let (wrong, world) = worlds.judge(judge, image, phase, reopens);
             assert!(wrong.is_empty(), "{}, {}: {wrong:#?}", case.name, label());
-            if sampling.one_in(REOPEN_ONE_IN) {
+            if reopens {
                 totals[2] += 1;
                 let wrong = reopen_and_write(judge, image, &world.guest, &world.start, sampling.next_u64());
                 assert!(wrong.is_empty(), "{}, {}: {wrong:#?}", case.name, label());
@@ -337,7 +339,7 @@ fn run_fault(case: &Case, start: &Start, steps: &[Step], fault: Option<Fault>) -
     }
     let mut judge = Judge::default();
     disk.crash_states(&mut Rng::new(1), CrashBudget { singles: 6, random: 4 }, |image| {
-        let (wrong, _) = worlds.judge(&mut judge, image, 0);
+        let (wrong, _) = worlds.judge(&mut judge, image, 0, true);
         assert!(wrong.is_empty(), "{label}: {wrong:#?}\n{errors:#?}");
     });
     if closed.is_ok() {

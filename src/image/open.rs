@@ -196,9 +196,13 @@ async fn accept_chain<I: Io>(
     let mut seen = Vec::new();
     loop {
         let depth = chain.len() as u32 - 1;
-        let Some(Accepted::Qcow2 { file, header, data, .. }) = chain.last_mut() else { break };
+        let Some(Accepted::Qcow2 { name, file, header, data }) = chain.last_mut() else { break };
         seen.extend(file.storage().identity());
-        *data = find_data_file(header, depth, folder.as_ref(), &mut seen, options)?;
+        *data = find_data_file(header, depth, folder.as_ref(), &mut seen, options).map_err(|e| match e {
+            // It tells of no file: so the file is told that misses one.
+            e @ Error::DataFileMissing if depth > 0 => Error::Backing { name: name.clone(), source: Box::new(e) },
+            e => e,
+        })?;
         let Some(backing) = header.backing.clone() else { break };
         if depth >= options.backing_depth_max {
             return Err(Error::ChainTooDeep { limit: options.backing_depth_max });
