@@ -36,7 +36,7 @@ static void by_name(void)
     memset(bytes, 0x55, sizeof(bytes));
     OK(qcow2_pwrite(image, bytes, sizeof(bytes), 100000, 0));
     OK(qcow2_write_zeroes(image, 101000, 1000, 0));
-    OK(qcow2_discard(image, 103000, 1000));
+    OK(qcow2_discard(image, 103000, 1000, 0));
     CHECK(peek("disk.data", 100000, 1) == 0x55 && peek("disk.data", 99999, 1) == 0);
     CHECK(peek("disk.data", 101000, 8) == 0 && peek("disk.data", 102000, 1) == 0x55);
     CHECK(peek("disk.data", 103000, 8) == 0 && peek("disk.data", 104000, 1) == 0x55);
