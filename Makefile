@@ -88,7 +88,7 @@ build/bench/driver-heap: benches/driver.c include/qcow2.h build/libqcow2.a
 # The crash test at length: make crash CRASH_STATES=100000000 CRASH_SEED=7
 CRASH_STATES ?= 20000000
 crash:
-	CRASH_STATES=$(CRASH_STATES) $(CARGO) test --locked -j $(JOBS) --release --test crash -- --nocapture
+	CRASH_STATES=$(CRASH_STATES) $(CARGO) test --locked -j $(JOBS) --release --test sim crash::crash -- --nocapture
 
 install: build
 	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR)

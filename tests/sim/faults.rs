@@ -4,23 +4,21 @@
 //!
 //! `FAULT_RUNS` bounds the number of runs.
 
-mod judge;
-mod qemu;
-mod stage;
-
+use crate::number;
+use crate::qemu;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use judge::Judge;
+use crate::judge::Judge;
+use crate::stage::{
+    Case, Guest, Start, cases, data_file_cases, disks, judge_disk, judge_files, open, open_disks, pattern, squeezable,
+};
 use qcow2::Error;
 use qcow2::error::{ErrorCode, IoOp};
 use qcow2::format::GuestOffset;
 use qcow2::image::{Image, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, Fault, Rng, SimDisk, crash_states};
 use qcow2::storage::{Blocking, IoSrc};
-use stage::{
-    Case, Guest, Start, cases, data_file_cases, disks, judge_disk, judge_files, open, open_disks, pattern, squeezable,
-};
 
 const RUNS_BY_DEFAULT: u64 = 6_000;
 
@@ -174,10 +172,6 @@ fn check(start: &Start, run: &Run, fault: Fault, label: &str) {
         let leaks = judge.judge(&run.disks[0].durable()).leaks;
         assert_eq!(leaks, 0, "{label}: leaks after a successful close; errors: {:#?}", run.errors);
     }
-}
-
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
 #[test]

@@ -1,23 +1,21 @@
 //! Compressed writes: against qemu-img in both directions, over whatever was there before, and with host clusters that
 //! several compressed clusters share.
 
-mod judge;
-mod qemu;
-mod stage;
-
+use crate::qemu;
+use crate::stage;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use judge::{Judge, Layout};
+use crate::judge::{Judge, Layout};
+use crate::stage::{Start, cases, judge_disk, squeezable};
 use qcow2::error::ErrorCode;
 use qcow2::format::GuestOffset;
 use qcow2::image::{BackingPolicy, CreateOptions, Image, MapKind, OpenOptions, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, Scheduler, SimDisk, SimIo, Task};
 use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
-use stage::{Start, cases, judge_disk, squeezable};
 
 const COMPRESSED: WriteFlags = WriteFlags { fua: false, compressed: true };
 

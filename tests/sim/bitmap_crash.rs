@@ -9,22 +9,21 @@
 //! `BITMAP_CRASH_STATES` and `BITMAP_FAULT_RUNS` set how many states are judged and how many runs are made;
 //! `CRASH_SEED` and `CRASH_CASE` are those of the crash test.
 
-mod judge;
-mod qemu;
-mod stage;
-
+use crate::number;
+use crate::qemu;
+use crate::stage;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use judge::{Judge, Layout};
+use crate::judge::{self, Judge, Layout};
+use crate::stage::{Case, Guest, Start, cases, judge_sample, options, pattern, squeezable};
 use qcow2::format::GuestOffset;
 use qcow2::image::options::Discard;
 use qcow2::image::{BitmapOptions, Image, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, SECTOR_BYTES, Scheduler, SimDisk, SimIo, Task};
 use qcow2::storage::{Blocking, Io, IoSrc, Storage};
-use stage::{Case, Guest, Start, cases, judge_sample, options, pattern, squeezable};
 
 type Content = Rc<[u8; SECTOR_BYTES]>;
 
@@ -449,10 +448,6 @@ fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
         }
     }
     steps
-}
-
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
 #[test]

@@ -1,10 +1,8 @@
 //! The judge itself: it agrees with qemu-img on good images, and it finds each kind of damage.
 
-mod judge;
-mod qemu;
-
-use judge::layout::Place;
-use judge::{Judge, Layout};
+use crate::judge::layout::Place;
+use crate::judge::{Judge, Layout};
+use crate::qemu;
 use qcow2::storage::sim::DiskImage;
 
 fn verdict(bytes: &[u8]) -> Vec<String> {

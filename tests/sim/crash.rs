@@ -6,23 +6,21 @@
 //! `CRASH_STATES` sets how many states are judged in all (`make crash CRASH_STATES=100000000` for a long run);
 //! `CRASH_SEED` sets the first seed; `CRASH_CASE` takes only cases whose name contains it.
 
-mod judge;
-mod qemu;
-mod stage;
-
+use crate::number;
+use crate::qemu;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::sync::Mutex;
 
-use judge::Judge;
+use crate::judge::Judge;
+use crate::stage::{
+    Case, Guest, Start, cases, data_file_cases, disks, judge_durable, judge_files, open, open_disks, pattern,
+    reopen_files,
+};
 use qcow2::format::GuestOffset;
 use qcow2::image::{Image, Preallocation, ResizeOptions, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, Rng, Scheduler, SimDisk, SimIo, Task, crash_states};
 use qcow2::storage::{IoSrc, Storage};
-use stage::{
-    Case, Guest, Start, cases, data_file_cases, disks, judge_durable, judge_files, open, open_disks, pattern,
-    reopen_files,
-};
 
 const STATES_BY_DEFAULT: u64 = 400_000;
 /// One state in this many is opened again.
@@ -338,10 +336,6 @@ fn run_case(case: &Case, dir: &qemu::Dir, states: u64, first_seed: u64) -> Tally
         seed += 1;
     }
     tally
-}
-
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
 #[test]

@@ -5,22 +5,20 @@
 //!
 //! `CRASH_STATES`, `CRASH_SEED`, `CRASH_CASE` and `FAULT_RUNS` as for the tests of writes.
 
-mod judge;
-mod qemu;
-mod stage;
-
+use crate::number;
+use crate::qemu;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use judge::Judge;
+use crate::judge::Judge;
+use crate::stage::{Case, Guest, Start, cases, judge_sample, open, pattern, reopen_and_write};
 use qcow2::error::ErrorCode;
 use qcow2::format::GuestOffset;
 use qcow2::image::{Image, SnapshotFacts, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, Scheduler, SimDisk, SimIo};
 use qcow2::storage::{Blocking, Io, IoSrc};
 use qcow2::wait::block_on;
-use stage::{Case, Guest, Start, cases, judge_sample, open, pattern, reopen_and_write};
 
 const STATES_BY_DEFAULT: u64 = 250_000;
 const FAULT_RUNS_BY_DEFAULT: u64 = 4_000;
@@ -284,10 +282,6 @@ fn run_script(case: &Case, start: &Start, seed: u64, judge: &mut Judge, totals: 
     look(&|| format!("seed {seed}, closed"));
     assert_eq!(judge.judge(&disk.durable()).leaks, 0, "{}, seed {seed}: leaks", case.name);
     totals[0] += 1;
-}
-
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
 fn wanted_cases() -> Vec<Case> {

@@ -4,19 +4,17 @@
 //!
 //! `INTERLEAVINGS` sets how many, `INTERLEAVE_SEED` the first seed.
 
-mod judge;
-mod qemu;
-mod stage;
-
+use crate::number;
+use crate::qemu;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
-use judge::{Judge, Layout};
+use crate::judge::{Judge, Layout};
+use crate::stage::{Case, Guest, Start, cases, data_file_cases, disks, open, open_disks, pattern, squeezable};
 use qcow2::format::GuestOffset;
 use qcow2::image::{Image, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{Rng, Scheduler, SimDisk, SimIo, Task};
 use qcow2::storage::{Blocking, IoDst, IoSrc};
-use stage::{Case, Guest, Start, cases, data_file_cases, disks, open, open_disks, pattern, squeezable};
 
 /// Requests start and end at multiples of this: smaller than a sector, so that two writes share one.
 const ATOM: u64 = 128;
@@ -283,10 +281,6 @@ fn interleaving(start: &Start, seed: u64, dir: &qemu::Dir, name: &str) {
         std::fs::write(&path, end.to_file()).unwrap();
         qemu::check(&path, false);
     }
-}
-
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
 fn run(names: &[&str], scratch: &str) {

@@ -2,18 +2,16 @@
 //! is judged by a second reader of the format: no rule is broken that was not broken before, and the guest (and each
 //! snapshot) reads what it read. A sample is repaired again, which ends where the first repair would have.
 
-mod judge;
-mod qemu;
-
-#[path = "check_repair/images.rs"]
+#[path = "../check_repair/images.rs"]
 mod images;
 
+use crate::qemu;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use judge::{Judge, Layout};
+use crate::judge::{Judge, Layout};
 use qcow2::OpenOptions;
 use qcow2::image::check::{CheckOptions, CheckResult, Repair, check_with};
 use qcow2::storage::memory::MemoryStorage;

@@ -1,0 +1,24 @@
+//! Tests on the simulated disk, as one program: what the engine becomes over it is compiled once for all of them.
+
+#[path = "../judge/mod.rs"]
+mod judge;
+#[path = "../qemu/mod.rs"]
+mod qemu;
+#[path = "../stage/mod.rs"]
+mod stage;
+
+mod bitmap_crash;
+mod check_crash;
+mod compressed;
+mod crash;
+mod create_crash;
+mod faults;
+mod interleave;
+mod judge_self;
+mod regress_tables;
+mod snapshot_crash;
+
+/// What the environment sets a number to.
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
