@@ -22,8 +22,8 @@ impl StoredBitmap {
         match self.table.get((byte / layout.cluster()) as usize).copied().unwrap_or(0) {
             entry if entry & 0x00ff_ffff_ffff_fe00 == 0 => entry & 1 == 1,
             host => {
-                let at = (host + byte % layout.cluster()) as usize;
-                layout.image.bytes.get(at).is_some_and(|b| b >> (n % 8) & 1 == 1)
+                let found = layout.image.part(host + byte % layout.cluster(), 1);
+                found.first().is_some_and(|b| b >> (n % 8) & 1 == 1)
             }
         }
     }
@@ -42,14 +42,13 @@ impl StoredBitmap {
 /// Where the directory is, by the header extension: offset, length, number of bitmaps. `None` if the autoclear bit says
 /// that it does not count.
 pub fn directory(layout: &Layout<'_>) -> Result<Option<(u64, u64, u64)>, String> {
-    let bytes = &layout.image.bytes;
     let word = |at: u64| layout.u64(at) >> 32;
     if layout.version < 3 || layout.u64(88) & 1 == 0 {
         return Ok(None);
     }
     let mut at = word(100);
     let name_at = layout.u64(8);
-    let end = if name_at == 0 { layout.cluster().min(bytes.len() as u64) } else { name_at };
+    let end = if name_at == 0 { layout.cluster().min(layout.image.end()) } else { name_at };
     while at + 8 <= end && word(at) != 0 {
         if word(at) == 0x2385_2875 {
             if word(at + 4) != 24 || word(at + 12) != 0 {
@@ -89,15 +88,17 @@ pub fn bitmaps(layout: &Layout<'_>) -> Result<Vec<StoredBitmap>, String> {
 }
 
 fn entry(layout: &Layout<'_>, at: u64) -> Result<StoredBitmap, String> {
-    let bytes = &layout.image.bytes;
     let table_offset = layout.u64(at);
     let (entries, flags) = (layout.u64(at + 8) >> 32, layout.u64(at + 8) & 0xffff_ffff);
     let word = layout.u64(at + 16);
     let (kind, granularity_bits) = (word >> 56, word >> 48 & 0xff);
     let (name_size, extra) = (word >> 32 & 0xffff, word & 0xffff_ffff);
-    let name_at = (at + 24 + extra) as usize;
-    let name = bytes.get(name_at..name_at + name_size as usize).ok_or("a name outside of the file")?;
-    let name = String::from_utf8(name.to_vec()).map_err(|_| "a name that is no text")?;
+    if at + 24 + extra + name_size > layout.image.size {
+        return Err("a name outside of the file".into());
+    }
+    let mut name = vec![0; name_size as usize];
+    layout.image.read(at + 24 + extra, &mut name);
+    let name = String::from_utf8(name).map_err(|_| "a name that is no text")?;
     let size = layout.trees[0].guest_size;
     if kind != 1 || flags & !7 != 0 || granularity_bits > 63 || name.is_empty() {
         return Err(format!("malformed entry of bitmap {name}"));
@@ -127,7 +128,7 @@ fn check_tail(layout: &Layout<'_>, table: &[u64], bits: u64) -> Result<(), Strin
     let Some(&last) = table.last().filter(|last| **last & 0x00ff_ffff_ffff_fe00 != 0) else { return Ok(()) };
     let start = (table.len() as u64 - 1) * layout.cluster() * 8;
     for n in bits - start..layout.cluster() * 8 {
-        let byte = layout.image.bytes.get((last + n / 8) as usize).copied().unwrap_or(0);
+        let byte = layout.image.part(last + n / 8, 1).first().copied().unwrap_or(0);
         if byte >> (n % 8) & 1 == 1 {
             return Err(format!("unused bit {n} of the last cluster is set"));
         }

@@ -58,42 +58,43 @@ pub struct Layout<'a> {
     inflated: RefCell<HashMap<u64, Option<Rc<Vec<u8>>>>>,
 }
 
-fn word32(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..at + 4).map_or(0, |b| u32::from_be_bytes(b.try_into().unwrap()))
+fn word32(image: &DiskImage, at: usize) -> u32 {
+    let mut word = [0; 4];
+    image.read(at as u64, &mut word);
+    u32::from_be_bytes(word)
 }
 
 impl<'a> Layout<'a> {
     /// Reads the header and the snapshot table.
     pub fn parse(image: &'a DiskImage) -> Result<Self, String> {
-        static NOTHING: DiskImage = DiskImage { bytes: Vec::new(), size: 0 };
+        static NOTHING: DiskImage = DiskImage::empty();
         Self::parse_files([image, &NOTHING])
     }
 
     /// As [`parse`](Self::parse), for an image that may have an external data file.
     pub fn parse_files([image, data]: [&'a DiskImage; 2]) -> Result<Self, String> {
-        let bytes = &image.bytes[..];
-        let long = |at: usize| u64::from(word32(bytes, at)) << 32 | u64::from(word32(bytes, at + 4));
-        if image.size < 104 || word32(bytes, 0) != 0x5146_49fb {
+        let long = |at: usize| u64::from(word32(image, at)) << 32 | u64::from(word32(image, at + 4));
+        if image.size < 104 || word32(image, 0) != 0x5146_49fb {
             return Err(format!("no qcow2 header in a file of {} bytes", image.size));
         }
-        let version = word32(bytes, 4);
+        let version = word32(image, 4);
         let v3 = version == 3;
         let incompatible = if v3 { long(72) } else { 0 };
         let mut layout = Self {
             image,
             data: (incompatible & 4 != 0).then_some(data),
             version,
-            cluster_bits: word32(bytes, 20),
+            cluster_bits: word32(image, 20),
             extended: incompatible & 16 != 0,
             dirty: incompatible & 1 != 0,
             corrupt: incompatible & 2 != 0,
-            zstd: incompatible & 8 != 0 && bytes[104] == 1,
+            zstd: incompatible & 8 != 0 && word32(image, 104) >> 24 == 1,
             has_backing: long(8) != 0,
-            refcount_order: if v3 { word32(bytes, 96) } else { 4 },
+            refcount_order: if v3 { word32(image, 96) } else { 4 },
             l1_offset: long(40),
-            l1_entries: u64::from(word32(bytes, 36)),
+            l1_entries: u64::from(word32(image, 36)),
             refcount_table_offset: long(48),
-            refcount_table_clusters: u64::from(word32(bytes, 56)),
+            refcount_table_clusters: u64::from(word32(image, 56)),
             snapshots_offset: long(64),
             snapshots_bytes: 0,
             trees: Vec::new(),
@@ -111,7 +112,7 @@ impl<'a> Layout<'a> {
         if layout.l1_entries < needed || layout.l1_entries > 1 << 22 {
             return Err(format!("L1 table has {} entries, {needed} are needed", layout.l1_entries));
         }
-        layout.parse_snapshots(word32(bytes, 60))?;
+        layout.parse_snapshots(word32(image, 60))?;
         Ok(layout)
     }
 
@@ -121,13 +122,12 @@ impl<'a> Layout<'a> {
             if at as u64 + 40 > self.image.size {
                 return Err("snapshot table reaches past the end of the file".into());
             }
-            let bytes = &self.image.bytes[at..];
-            let short = |at: usize| usize::from(bytes[at]) << 8 | usize::from(bytes[at + 1]);
-            let extra = word32(bytes, 36) as usize;
+            let word = |within: usize| word32(self.image, at + within);
+            let extra = word(36) as usize;
             let guest_size = if extra >= 16 { self.u64((at + 48) as u64) } else { self.trees[0].guest_size };
             let l1_offset = self.u64(at as u64);
-            self.trees.push(Tree { l1_offset, l1_entries: u64::from(word32(bytes, 8)), guest_size });
-            at += (40 + extra + short(12) + short(14)).next_multiple_of(8);
+            self.trees.push(Tree { l1_offset, l1_entries: u64::from(word(8)), guest_size });
+            at += (40 + extra + (word(12) >> 16) as usize + (word(12) & 0xffff) as usize).next_multiple_of(8);
         }
         self.snapshots_bytes = at as u64 - self.snapshots_offset;
         Ok(())
@@ -148,8 +148,15 @@ impl<'a> Layout<'a> {
 
     /// A big-endian word of the file; zero past its end.
     pub fn u64(&self, at: u64) -> u64 {
-        let at = at as usize;
-        self.image.bytes.get(at..at.saturating_add(8)).map_or(0, |b| u64::from_be_bytes(b.try_into().unwrap()))
+        match self.image.part(at, 8).try_into() {
+            Ok(bytes) => u64::from_be_bytes(bytes),
+            // It lies across two pieces of the image, or past its end.
+            Err(_) => {
+                let mut bytes = [0; 8];
+                self.image.read(at, &mut bytes);
+                u64::from_be_bytes(bytes)
+            }
+        }
     }
 
     pub fn entry_at(&self, place: u64) -> Entry {
@@ -191,7 +198,7 @@ impl<'a> Layout<'a> {
     pub fn refcount(&self, block: u64, index: u64) -> u64 {
         let bits = 1u64 << self.refcount_order;
         let first_bit = index * bits;
-        let byte = |i: u64| u64::from(self.image.bytes.get((block + i) as usize).copied().unwrap_or(0));
+        let byte = |i: u64| u64::from(self.image.part(block + i, 1).first().copied().unwrap_or(0));
         if bits < 8 {
             return byte(first_bit / 8) >> (first_bit % 8) & ((1 << bits) - 1);
         }
@@ -200,19 +207,30 @@ impl<'a> Layout<'a> {
 
     /// Calls `each(index, refcount)` for each refcount of a block that is not 0.
     pub fn counted(&self, block: u64, each: &mut dyn FnMut(u64, u64)) {
-        let from = (block as usize).min(self.image.bytes.len());
-        let to = (from + self.cluster() as usize).min(self.image.bytes.len());
-        for (i, chunk) in self.image.bytes[from..to].chunks(8).enumerate() {
-            if chunk.iter().all(|b| *b == 0) {
-                continue;
-            }
-            let per_chunk = 64 >> self.refcount_order;
-            for index in i as u64 * per_chunk..(i as u64 + 1) * per_chunk {
+        let per_word = 64 >> self.refcount_order;
+        self.words(block, self.cluster() / 8, &mut |word, _| {
+            for index in word * per_word..(word + 1) * per_word {
                 let count = self.refcount(block, index);
                 if count != 0 {
                     each(index, count);
                 }
             }
+        });
+    }
+
+    /// Calls `each(index, word)` for each of `count` words from `at` on that is not 0.
+    pub fn words(&self, at: u64, count: u64, each: &mut dyn FnMut(u64, u64)) {
+        let mut index = 0;
+        while index < count {
+            let (is_hole, next) = self.image.hole(at + index * 8);
+            let here = ((next - at) / 8).min(count);
+            if !is_hole {
+                let part = self.image.part(at + index * 8, ((here - index) * 8) as usize);
+                for (n, bytes) in (index..).zip(part.chunks_exact(8)).filter(|(_, bytes)| **bytes != [0; 8]) {
+                    each(n, u64::from_be_bytes(bytes.try_into().unwrap()));
+                }
+            }
+            index = here;
         }
     }
 
@@ -263,18 +281,8 @@ impl<'a> Layout<'a> {
         match self.place(tree, sector) {
             Place::Zero => {}
             Place::Backing => return Ok(None),
-            Place::Host(sector) => {
-                let at = sector as usize * 512;
-                if let Some(bytes) = self.image.bytes.get(at..at + 512) {
-                    out.copy_from_slice(bytes);
-                }
-            }
-            Place::External(sector) => {
-                let at = sector as usize * 512;
-                if let Some(bytes) = self.data.and_then(|data| data.bytes.get(at..at + 512)) {
-                    out.copy_from_slice(bytes);
-                }
-            }
+            Place::Host(sector) => self.image.read(sector * 512, out),
+            Place::External(sector) => self.data.iter().for_each(|data| data.read(sector * 512, out)),
             Place::Compressed(descriptor, within) => {
                 let data = self.inflate(descriptor).ok_or_else(|| {
                     format!("guest sector {sector}: compressed cluster 0x{descriptor:x} does not decompress")
@@ -292,15 +300,15 @@ impl<'a> Layout<'a> {
 
     fn inflate_now(&self, descriptor: u64) -> Option<Vec<u8>> {
         let (offset, length) = self.compressed_extent(descriptor);
-        let from = (offset as usize).min(self.image.bytes.len());
-        let to = (from + length as usize).min(self.image.bytes.len());
+        let mut packed = vec![0; length.min(self.image.end().saturating_sub(offset)) as usize];
+        self.image.read(offset, &mut packed);
         let mut out = vec![0; self.cluster() as usize];
         if self.zstd {
-            let done = zstd_safe::DCtx::create().decompress_stream_whole(&mut out, &self.image.bytes[from..to]);
+            let done = zstd_safe::DCtx::create().decompress_stream_whole(&mut out, &packed);
             return (done == Some(out.len())).then_some(out);
         }
         let config = zlib_rs::InflateConfig { window_bits: -12 };
-        let (data, _) = zlib_rs::decompress_slice(&mut out, &self.image.bytes[from..to], config);
+        let (data, _) = zlib_rs::decompress_slice(&mut out, &packed, config);
         (data.len() == self.cluster() as usize).then_some(out)
     }
 }

@@ -80,8 +80,8 @@ impl Judge {
     }
 
     fn judge_layout(&mut self, layout: &Layout<'_>) {
-        let clusters = layout.image.size.max(layout.image.bytes.len() as u64).div_ceil(layout.cluster()) as usize;
-        let clusters = clusters.min(layout.image.bytes.len().div_ceil(layout.cluster() as usize) + 4096);
+        let clusters = layout.image.size.max(layout.image.end()).div_ceil(layout.cluster()) as usize;
+        let clusters = clusters.min(layout.image.end().div_ceil(layout.cluster()) as usize + 4096);
         self.roles.clear();
         self.roles.resize(clusters, Role::Nothing);
         self.references.clear();
@@ -189,28 +189,32 @@ impl Judge {
 
     fn walk_tree(&mut self, layout: &Layout<'_>, tree: usize) {
         let (l1_offset, l1_entries) = (layout.trees[tree].l1_offset, layout.trees[tree].l1_entries);
-        for l1_index in 0..l1_entries {
+        layout.words(l1_offset, l1_entries, &mut |l1_index, entry| {
             let place = l1_offset + l1_index * 8;
-            let entry = layout.u64(place);
             if entry & 0x7f00_0000_0000_01ff != 0 {
                 self.bad(format!("D6: L1 entry 0x{entry:016x} at 0x{place:x} has reserved bits"));
             }
             let table = entry & 0x00ff_ffff_ffff_fe00;
             if table == 0 {
-                continue;
+                return;
             }
             let user = (tree, l1_index | 1 << 63);
             if !self.pointer(layout, table, Role::L2Table, user, place) {
-                continue;
+                return;
             }
             // COPIED flags in a snapshot's L1 table mean nothing: the table is a copy of an active one.
             if tree == 0 && entry >> 63 == 1 {
                 self.copied.push((table / layout.cluster(), place));
             }
-            for index in 0..layout.l2_entries() {
-                self.walk_entry(layout, tree, l1_index * layout.l2_entries() + index, table, index);
-            }
-        }
+            let (first, words) = (l1_index * layout.l2_entries(), layout.l2_entry_bytes() / 8);
+            let mut seen = u64::MAX;
+            layout.words(table, layout.cluster() / 8, &mut |word, _| {
+                let index = word / words;
+                if std::mem::replace(&mut seen, index) != index {
+                    self.walk_entry(layout, tree, first + index, table, index);
+                }
+            });
+        });
     }
 
     fn walk_entry(&mut self, layout: &Layout<'_>, tree: usize, guest_cluster: u64, table: u64, index: u64) {

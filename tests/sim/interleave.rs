@@ -269,9 +269,9 @@ fn interleaving(start: &Start, seed: u64, dir: &qemu::Dir, name: &str) {
             }
             assert!(found == *expected, "{label}: sector {sector} reads otherwise on the disk after close");
             if start.is_raw() {
-                let alone =
-                    data.bytes.get(sector as usize * 512..).map_or(&[][..], |rest| &rest[..rest.len().min(512)]);
-                let same = alone.iter().chain(std::iter::repeat(&0)).zip(expected).all(|(a, b)| a == b);
+                let mut alone = vec![0; expected.len()];
+                data.read(sector * 512, &mut alone);
+                let same = alone == expected;
                 assert!(same, "{label}: sector {sector} of the raw data file reads otherwise (D14)");
             }
         }

@@ -6,7 +6,7 @@ use crate::qemu;
 use qcow2::storage::sim::DiskImage;
 
 fn verdict(bytes: &[u8]) -> Vec<String> {
-    Judge::default().judge(&DiskImage::new(bytes.to_vec())).violations
+    Judge::default().judge(&DiskImage::new(bytes)).violations
 }
 
 /// 1 MiB, 64 KiB clusters, with one snapshot, data after it, and a compressed cluster.

@@ -3,8 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use qcow2::storage::memory::MemoryStorage;
-use qcow2::storage::sim::{DiskImage, Rng, SECTOR_BYTES};
+use qcow2::storage::sim::{DiskImage, Rng, SECTOR_BYTES, SimDisk};
 
 use crate::judge::Layout;
 use crate::qemu;
@@ -91,8 +90,8 @@ pub struct Start {
     /// The external data file; nothing where there is none.
     pub data: DiskImage,
     pub data_file: Option<DataFile>,
-    pub backing: Option<Arc<MemoryStorage>>,
-    backing_bytes: Rc<Vec<u8>>,
+    pub backing: Option<Arc<SimDisk>>,
+    backing_image: DiskImage,
     pub cluster: u64,
     pub guest_size: u64,
     /// Guest clusters that scripts write to, and their sectors.
@@ -115,15 +114,15 @@ impl Case {
         let guest_size = (far + 3) * cluster - if cluster > 512 { cluster / 2 } else { 0 };
         let hot = vec![prefilled, prefilled + 1, prefilled + 2, prefilled + 3, far, far + 1, far + 2];
         let (path, base) = (dir.path("start.qcow2"), dir.path("base.raw"));
-        let mut backing_bytes = Vec::new();
+        let mut backing = DiskImage::empty();
         let size = guest_size.to_string();
         let options =
             format!("cluster_size={cluster}{}{}", if self.options.is_empty() { "" } else { "," }, self.options);
         let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &options];
         if self.backing {
             // Shorter than the image: it ends inside of the hot cluster far + 1.
-            backing_bytes = super::pattern(7, 0, (far + 1) * cluster + cluster.min(1024) / 2);
-            std::fs::write(&base, &backing_bytes).unwrap();
+            backing = around(&hot, cluster, (far + 1) * cluster + cluster.min(1024) / 2, 7);
+            write_sparse(&base, &backing);
             args.extend(["-b", &base, "-F", "raw"]);
         }
         args.extend([&path[..], &size]);
@@ -144,8 +143,8 @@ impl Case {
             image: DiskImage::default(),
             data: DiskImage::new(data),
             data_file: self.data_file,
-            backing: self.backing.then(|| Arc::new(MemoryStorage::new(backing_bytes.clone()))),
-            backing_bytes: Rc::new(backing_bytes),
+            backing: self.backing.then(|| Arc::new(SimDisk::new(backing.clone()))),
+            backing_image: backing,
             cluster,
             guest_size,
             hot,
@@ -217,6 +216,39 @@ impl Case {
     }
 }
 
+/// The clusters and those on both sides of each.
+fn with_neighbours(hot: &[u64]) -> std::collections::BTreeSet<u64> {
+    hot.iter().flat_map(|&cluster| cluster.saturating_sub(1)..cluster + 2).collect()
+}
+
+/// A file of `size` bytes with something in each sector of the hot clusters and their neighbours, by which it is known.
+fn around(hot: &[u64], cluster: u64, size: u64, op: u64) -> DiskImage {
+    let mut file = DiskImage::empty();
+    for index in with_neighbours(hot) {
+        let (from, to) = (index * cluster, ((index + 1) * cluster).min(size));
+        if from < to {
+            file.put(from, &super::pattern(op, from, to - from));
+        }
+    }
+    file.size = size;
+    file
+}
+
+/// Writes a file that has holes where the image has.
+fn write_sparse(path: &str, image: &DiskImage) {
+    let file = std::fs::File::create(path).unwrap();
+    file.set_len(image.size).unwrap();
+    let mut at = 0;
+    while at < image.size {
+        let (is_hole, next) = image.hole(at);
+        if !is_hole {
+            let part = image.part(at, (image.size - at) as usize);
+            std::os::unix::fs::FileExt::write_all_at(&file, part, at).unwrap();
+        }
+        at = next;
+    }
+}
+
 impl Start {
     fn contents(&self, image: &DiskImage, tree: usize) -> Vec<Rc<[u8; SECTOR_BYTES]>> {
         let layout = Layout::parse_files([image, &self.data]).unwrap();
@@ -235,18 +267,20 @@ impl Start {
         contents
     }
 
-    /// Puts foreign bytes wherever the tables do not show the data file.
+    /// Puts foreign bytes wherever the tables do not show the data file, in and beside the clusters that are used.
     fn fill_with_rubbish(&mut self) {
-        let image = self.image.clone();
-        let layout = Layout::parse_files([&image, &image]).unwrap();
-        let mut bytes = self.data.to_file();
-        bytes.resize(self.guest_size.next_multiple_of(SECTOR_BYTES as u64) as usize, 0);
-        for (sector, place) in (0..).zip(bytes.chunks_exact_mut(SECTOR_BYTES)) {
-            if !matches!(layout.place(0, sector), crate::judge::layout::Place::External(_)) {
-                place.copy_from_slice(&super::pattern(0xbad, sector * SECTOR_BYTES as u64, SECTOR_BYTES as u64));
+        let layout = Layout::parse_files([&self.image, &self.image]).unwrap();
+        let rubbish = around(&self.hot, self.cluster, self.guest_size.next_multiple_of(SECTOR_BYTES as u64), 0xbad);
+        let mut bytes = [0; SECTOR_BYTES];
+        for cluster in with_neighbours(&self.hot) {
+            for sector in cluster * self.cluster / 512..((cluster + 1) * self.cluster).min(rubbish.size) / 512 {
+                if !matches!(layout.place(0, sector), crate::judge::layout::Place::External(_)) {
+                    rubbish.read(sector * SECTOR_BYTES as u64, &mut bytes);
+                    self.data.put(sector * SECTOR_BYTES as u64, &bytes);
+                }
             }
         }
-        self.data = DiskImage::new(bytes);
+        self.data.size = self.data.size.max(rubbish.size);
     }
 
     /// Whether the data file is a raw image by itself.
@@ -263,9 +297,7 @@ impl Start {
     /// A sector of the backing file; zeroes past its end or without one.
     pub fn backing_sector(&self, sector: u64) -> [u8; SECTOR_BYTES] {
         let mut found = [0; SECTOR_BYTES];
-        let at = (sector as usize * SECTOR_BYTES).min(self.backing_bytes.len());
-        let part = &self.backing_bytes[at..(at + SECTOR_BYTES).min(self.backing_bytes.len())];
-        found[..part.len()].copy_from_slice(part);
+        self.backing_image.read(sector * SECTOR_BYTES as u64, &mut found);
         found
     }
 

@@ -74,10 +74,7 @@ pub fn judge_sample(
 /// D14: what the raw data file holds by itself is what the tables say, in every sector and after every crash.
 fn judge_raw(sector: u64, data: &DiskImage, by_the_tables: &[u8; SECTOR_BYTES]) -> Option<String> {
     let mut alone = [0; SECTOR_BYTES];
-    let at = sector as usize * SECTOR_BYTES;
-    if let Some(bytes) = data.bytes.get(at..at + SECTOR_BYTES) {
-        alone.copy_from_slice(bytes);
-    }
+    data.read(sector * SECTOR_BYTES as u64, &mut alone);
     let (is, shows) = (content_of(&alone), content_of(by_the_tables));
     (alone != *by_the_tables)
         .then(|| format!("D14: sector {sector} of the raw data file is {is}, the tables show {shows}"))

@@ -1,7 +1,8 @@
 //! Which disks a crash may leave behind: one disk, or several that lose power together.
 
 use super::Rng;
-use super::disk::{DiskImage, Effect, SECTOR_BYTES, SimDisk, State, What};
+use super::disk::{Effect, SECTOR_BYTES, SimDisk, State, What};
+use super::image::DiskImage;
 
 /// Up to this many effects, all subsets of them are tried.
 const EXHAUSTIVE: usize = 6;
@@ -54,7 +55,8 @@ impl Kept {
 struct Builder<'a> {
     durable: &'a DiskImage,
     image: DiskImage,
-    touched: Vec<usize>,
+    /// First sector and number of those that differ from the durable contents.
+    touched: Vec<(usize, usize)>,
     truncated: bool,
 }
 
@@ -72,11 +74,14 @@ impl<'a> Builder<'a> {
             }
             What::Truncate { .. } => {}
             What::Write { first_sector, content, end, gone } => {
-                for (i, sector) in content.chunks(SECTOR_BYTES).enumerate() {
-                    if kept[i] && !gone[i] {
-                        self.image.put_sector(first_sector + i, sector, *end);
-                        self.touched.push(first_sector + i);
-                    }
+                // A run of sectors that were all kept at a time.
+                let is_kept = |i: &usize| kept[*i] && !gone[*i];
+                let mut at = 0;
+                while let Some(from) = (at..kept.len()).find(is_kept) {
+                    at = (from..kept.len()).find(|i| !is_kept(i)).unwrap_or(kept.len());
+                    let sectors = &content[from * SECTOR_BYTES..at * SECTOR_BYTES];
+                    self.image.put_sectors(first_sector + from, sectors, *end);
+                    self.touched.push((first_sector + from, at - from));
                 }
             }
         }
@@ -88,13 +93,9 @@ impl<'a> Builder<'a> {
             self.touched.clear();
             return;
         }
-        self.image.bytes.truncate(self.durable.bytes.len());
-        self.image.size = self.durable.size;
-        for sector in self.touched.drain(..) {
-            let at = sector * SECTOR_BYTES;
-            if let Some(old) = self.durable.bytes.get(at..at + SECTOR_BYTES) {
-                self.image.bytes[at..at + SECTOR_BYTES].copy_from_slice(old);
-            }
+        self.image.shorten_to(self.durable);
+        for (first, sectors) in self.touched.drain(..) {
+            self.image.restore(self.durable, first, sectors);
         }
     }
 }

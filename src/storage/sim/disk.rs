@@ -4,52 +4,11 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::image::DiskImage;
 use crate::storage::{IoDst, IoSrc, Storage, total_src};
 
 /// What the simulated disk writes as a whole or not at all.
 pub const SECTOR_BYTES: usize = 512;
-
-/// Contents of a disk: `bytes` (whole sectors; zeroes follow) and the size of the file.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct DiskImage {
-    /// The bytes up to the last sector that was ever written.
-    pub bytes: Vec<u8>,
-    /// Size of the file in bytes, which may be more (a hole at the end) or a little less than `bytes` is long.
-    pub size: u64,
-}
-
-impl DiskImage {
-    /// Contents of a file.
-    pub fn new(mut bytes: Vec<u8>) -> Self {
-        let size = bytes.len() as u64;
-        bytes.resize(bytes.len().next_multiple_of(SECTOR_BYTES), 0);
-        Self { bytes, size }
-    }
-
-    /// The file as it would be read from end to end.
-    pub fn to_file(&self) -> Vec<u8> {
-        let mut bytes = self.bytes.clone();
-        bytes.resize(self.size as usize, 0);
-        bytes
-    }
-
-    pub(super) fn put_sector(&mut self, sector: usize, content: &[u8], end: u64) {
-        let at = sector * SECTOR_BYTES;
-        if self.bytes.len() < at + SECTOR_BYTES {
-            self.bytes.resize(at + SECTOR_BYTES, 0);
-        }
-        self.bytes[at..at + SECTOR_BYTES].copy_from_slice(content);
-        self.size = self.size.max(end.min((at + SECTOR_BYTES) as u64));
-    }
-
-    pub(super) fn truncate(&mut self, size: u64) {
-        if (size as usize) < self.bytes.len() {
-            self.bytes.truncate(size as usize);
-            self.bytes.resize((size as usize).next_multiple_of(SECTOR_BYTES), 0);
-        }
-        self.size = size;
-    }
-}
 
 /// Something that was done to the disk and is not durable yet.
 #[derive(Debug, Clone)]
@@ -237,12 +196,9 @@ impl State {
         if data.is_empty() {
             return u64::MAX; // no effect has this number
         }
-        if self.current.bytes.len() < last * SECTOR_BYTES {
-            self.current.bytes.resize(last * SECTOR_BYTES, 0);
-        }
-        self.current.bytes[from..end].copy_from_slice(data);
-        self.current.size = self.current.size.max(end as u64);
-        let content = self.current.bytes[first * SECTOR_BYTES..last * SECTOR_BYTES].to_vec();
+        self.current.put(from as u64, data);
+        let mut content = vec![0; (last - first) * SECTOR_BYTES];
+        self.current.read((first * SECTOR_BYTES) as u64, &mut content);
         let end = self.current.size;
         self.push(What::Write { first_sector: first, content, end, gone: vec![false; last - first] }, false)
     }
@@ -266,7 +222,7 @@ impl State {
                 }
                 What::Write { first_sector, content, end, gone } => {
                     for (i, sector) in content.chunks(SECTOR_BYTES).enumerate().filter(|(i, _)| !gone[*i]) {
-                        self.durable.put_sector(first_sector + i, sector, *end);
+                        self.durable.put_sectors(first_sector + i, sector, *end);
                     }
                     let range = *first_sector..first_sector + gone.len();
                     keep.iter_mut().for_each(|e| e.forget(range.clone()));
@@ -292,15 +248,13 @@ impl Storage for SimDisk {
         let mut state = self.lock();
         state.fault_for("read", offset)?;
         let size = state.current.size;
-        let bytes = &state.current.bytes;
         let mut at = offset;
+        let mut bytes = Vec::new();
         for piece in pieces {
             let n = (piece.len() as u64).min(size.saturating_sub(at)) as usize;
-            let have = n.min(bytes.len().saturating_sub(at as usize));
-            piece.slice(0, n).fill_zero();
-            if have > 0 {
-                piece.copy_from(&bytes[at as usize..at as usize + have]);
-            }
+            bytes.resize(n, 0);
+            state.current.read(at, &mut bytes);
+            piece.copy_from(&bytes);
             at += n as u64;
         }
         Ok((at - offset) as usize)

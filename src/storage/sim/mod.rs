@@ -9,10 +9,12 @@
 mod crash;
 mod disk;
 mod driver;
+mod image;
 
 pub use crash::{CrashBudget, crash_states};
-pub use disk::{DiskImage, Fault, SECTOR_BYTES, SimDisk};
+pub use disk::{Fault, SECTOR_BYTES, SimDisk};
 pub use driver::{Scheduler, SimIo, Stuck, Task};
+pub use image::DiskImage;
 
 /// A small seeded generator (SplitMix64).
 #[derive(Debug, Clone)]
@@ -61,7 +63,7 @@ mod tests {
     fn states(disk: &SimDisk, seed: u64) -> HashSet<[u8; 4]> {
         let mut seen = HashSet::new();
         disk.crash_states(&mut Rng::new(seed), CrashBudget { singles: 99, random: 200 }, |image| {
-            seen.insert([0, 1, 2, 3].map(|s| image.bytes.get(s * SECTOR_BYTES).copied().unwrap_or(0)));
+            seen.insert([0, 1, 2, 3].map(|s| image.part((s * SECTOR_BYTES) as u64, 1)[0]));
         });
         seen
     }
@@ -85,7 +87,7 @@ mod tests {
         let seen = || {
             let mut seen = HashSet::new();
             crash_states([&disks[0], &disks[1]], &mut Rng::new(1), CrashBudget::default(), |images| {
-                seen.insert(images.map(|image| image.bytes[0]));
+                seen.insert(images.map(|image| image.part(0, 1)[0]));
             });
             seen
         };
