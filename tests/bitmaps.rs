@@ -13,7 +13,7 @@ use judge::bitmaps::StoredBitmap;
 use judge::{Judge, Layout};
 use qcow2::error::{BitmapProblem, ErrorCode};
 use qcow2::image::options::Discard;
-use qcow2::image::{BitmapExtent, BitmapOptions, Image, OpenOptions, ZeroFlags};
+use qcow2::image::{BitmapExtent, BitmapOptions, Image, OpenOptions, Preallocation, ResizeOptions, ZeroFlags};
 use qcow2::storage::sim::{DiskImage, Fault, Rng, SimDisk};
 use qcow2::{Error, format};
 
@@ -487,7 +487,7 @@ impl Model {
 }
 
 /// One random operation on the bitmaps, by us or by QEMU.
-fn random_operation(rng: &mut Rng, models: &mut BTreeMap<String, Model>, path: &str, image: Option<&Image>) {
+fn random_operation(rng: &mut Rng, models: &mut BTreeMap<String, Model>, path: &str, image: Option<&Image>, size: u64) {
     let name = format!("b{}", rng.below(4));
     let Some(model) = models.get_mut(&name) else {
         let (granularity, disabled) = (512u64 << (rng.below(4) * 3), rng.one_in(3));
@@ -529,9 +529,40 @@ fn random_operation(rng: &mut Rng, models: &mut BTreeMap<String, Model>, path: &
                 None => drop(qemu::img(&["bitmap", "--merge", &from, path, &name])),
             }
             let model = models.get_mut(&name).unwrap();
-            source.dirty.iter().for_each(|&at| model.note(at, source.granularity.min(MODEL_SIZE - at)));
+            source.dirty.iter().for_each(|&at| model.note(at, source.granularity.min(size - at)));
         }
     }
+}
+
+/// Another size, by us or by QEMU. What the disk gains is dirty for us, and clean for QEMU; what it loses is forgotten.
+fn random_size(
+    rng: &mut Rng,
+    models: &mut BTreeMap<String, Model>,
+    path: &str,
+    image: Option<&Image>,
+    old: u64,
+) -> u64 {
+    let size = match rng.below(3) {
+        0 => (old + 512 * rng.below(300)).saturating_sub(512 * rng.below(300)),
+        _ => rng.below(6 << 20) / 512 * 512,
+    }
+    .max(512);
+    match image {
+        Some(image) => {
+            let modes = ["off", "metadata", "falloc", "full"];
+            let mode = modes[if size > old { rng.below(4) as usize } else { 0 }];
+            let preallocation = Preallocation::from_name(mode).unwrap();
+            image.resize(size, ResizeOptions { allow_shrink: true, preallocation }, None).unwrap();
+        }
+        None => drop(qemu::img(&["resize", "-q", "-f", "qcow2", "--shrink", path, &size.to_string()])),
+    }
+    for model in models.values_mut() {
+        if size > old && image.is_some() && model.enabled {
+            model.note(old, size - old);
+        }
+        model.dirty.retain(|&at| at < size);
+    }
+    size
 }
 
 const MODEL_SIZE: u64 = (3 << 20) + 512;
@@ -544,15 +575,20 @@ fn random_sequences_of_ours_and_theirs_against_a_model() {
         qemu::img(&["create", "-q", "-f", "qcow2", "-o", options, &path, &MODEL_SIZE.to_string()]);
         let mut rng = Rng::new(number("MODEL_SEED", 1) * 100 + n as u64);
         let mut models: BTreeMap<String, Model> = BTreeMap::new();
+        let mut size = MODEL_SIZE;
         for round in 0..number("MODEL_OPS", 12) {
             let image = (!rng.one_in(3)).then(|| open(&path));
             for _ in 0..1 + rng.below(6) {
-                if rng.one_in(2) {
-                    random_operation(&mut rng, &mut models, &path, image.as_ref());
+                if rng.one_in(6) {
+                    size = random_size(&mut rng, &mut models, &path, image.as_ref(), size);
                     continue;
                 }
-                let at = rng.below(MODEL_SIZE / 512) * 512;
-                let length = (512 << rng.below(8)).min(MODEL_SIZE - at);
+                if rng.one_in(2) {
+                    random_operation(&mut rng, &mut models, &path, image.as_ref(), size);
+                    continue;
+                }
+                let at = rng.below(size / 512) * 512;
+                let length = (512 << rng.below(8)).min(size - at);
                 match &image {
                     Some(image) if rng.one_in(4) => image.write_zeroes(at, length, ZeroFlags::default()).unwrap(),
                     Some(image) => image.pwrite(&vec![rng.next_u64() as u8; length as usize], at).unwrap(),

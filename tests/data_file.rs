@@ -14,7 +14,8 @@ use judge::{Judge, Layout};
 use qcow2::error::{CorruptionKind, Error, ErrorCode};
 use qcow2::format::GuestOffset;
 use qcow2::image::{
-    BackingPolicy, CreateOptions, Image, MapKind, OpenOptions, ZeroFlags, create, create_with_data_file, load_header,
+    BackingPolicy, CreateOptions, Image, MapKind, OpenOptions, Preallocation, ResizeOptions, ZeroFlags, create,
+    create_with_data_file, load_header,
 };
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::{DiskImage, Rng};
@@ -146,8 +147,40 @@ impl Disk {
         qemu::io(&self.path, &commands.iter().map(|command| &command[..]).collect::<Vec<_>>());
     }
 
+    /// Another size, by us (with any preallocation) or by QEMU.
+    fn resize(&mut self, image: Option<&Image>, rng: &mut Rng) -> String {
+        let cluster = 1u64 << self.shape.cluster_bits;
+        let old = self.content.len() as u64;
+        let new = match rng.below(4) {
+            0 => old.saturating_sub(512 * (1 + rng.below(20))),
+            1 => old + 512 * (1 + rng.below(20)),
+            2 => rng.below(20 * cluster + (300 << 10)).next_multiple_of(512),
+            _ => rng.below(20 * cluster + (300 << 10)).next_multiple_of(cluster),
+        }
+        .max(512);
+        let modes = ["off", "metadata", "falloc", "full"];
+        let mode = modes[if new > old { rng.below(4) as usize } else { 0 }];
+        match image {
+            Some(image) => {
+                let preallocation = Preallocation::from_name(mode).unwrap();
+                let done = image.resize(new, ResizeOptions { allow_shrink: true, preallocation }, None);
+                done.unwrap_or_else(|e| panic!("{}: {old} to {new}, {mode}: {e}", self.label));
+                let length = std::fs::metadata(&self.data).unwrap().len();
+                assert_eq!(length, new, "{}: {old} to {new}, {mode}: length of the data file", self.label);
+            }
+            None => {
+                qemu::img(&["resize", "-q", "-f", "qcow2", "--shrink", &self.path, &new.to_string()]);
+            }
+        }
+        self.content.resize(new as usize, 0);
+        format!("resize from {old} to {new}, {mode}")
+    }
+
     fn step(&mut self, image: &Image, rng: &mut Rng) -> String {
         let cluster = 1u64 << self.shape.cluster_bits;
+        if rng.one_in(12) {
+            return self.resize(Some(image), rng);
+        }
         let (offset, length) = self.range(rng);
         let what = match rng.below(10) {
             0 => {
@@ -210,11 +243,14 @@ fn a_flat_array_and_qemu_in_between() {
                 image.close().unwrap();
                 disk.check_end(&dir);
                 disk.by_qemu(&mut rng);
+                if rng.one_in(2) {
+                    disk.resize(None, &mut rng);
+                }
                 image = disk.open();
                 disk.check_raw("after QEMU");
             }
             let what = disk.step(&image, &mut rng);
-            if op % 4 == 0 || what.starts_with('z') || what.starts_with('d') {
+            if op % 4 == 0 || what.starts_with('z') || what.starts_with("resize") || what.starts_with('d') {
                 disk.check_raw(&format!("op {op}, {what}"));
             }
         }

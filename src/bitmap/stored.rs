@@ -89,6 +89,7 @@ pub struct Bits {
     /// What is added to it.
     pub recorders: Vec<Arc<Recorder>>,
     geometry: Geometry,
+    stored_count: u64, // bits that are stored; those behind them are zero
 }
 
 impl Bits {
@@ -100,7 +101,13 @@ impl Bits {
         table: Vec<BitsAt>,
         recorders: Vec<Arc<Recorder>>,
     ) -> Self {
-        Self { count: bits_for(size_bytes, granularity_bits), table, recorders, geometry }
+        let count = bits_for(size_bytes, granularity_bits);
+        Self { count, table, recorders, geometry, stored_count: count }
+    }
+
+    /// What is stored was stored for a disk of `old_size_bytes`: what its last cluster has past that end says nothing.
+    pub fn stored_for(self, old_size_bytes: u64, granularity_bits: u32) -> Self {
+        Self { stored_count: bits_for(old_size_bytes, granularity_bits), ..self }
     }
 
     /// Bits in a cluster.
@@ -118,6 +125,17 @@ impl Bits {
         (self.count - index * self.per_cluster()).min(self.per_cluster())
     }
 
+    /// Bits of cluster `index` that are stored and count.
+    fn stored_in(&self, index: u64) -> u64 {
+        self.bits_in(index).min(self.stored_count.saturating_sub(index * self.per_cluster()))
+    }
+
+    /// Whether cluster `index` may have stored bits past the old end, or the new one, of a disk that got another size.
+    pub fn is_cut(&self, index: u64) -> bool {
+        let ends = |count: u64| count.div_ceil(self.per_cluster()) == index + 1;
+        self.stored_count != self.count && (ends(self.count) || ends(self.stored_count))
+    }
+
     /// What the table says about cluster `index`.
     pub fn stored_at(&self, index: u64) -> BitsAt {
         self.table.get(index as usize).copied().unwrap_or(BitsAt::Zeroes)
@@ -131,15 +149,15 @@ impl Bits {
 
     /// Cluster `index` as it is stored.
     pub async fn load_stored<I: Io>(&self, io: &I, file: &HostFile, index: u64) -> Result<ClusterBits> {
-        let at = match self.stored_at(index) {
-            BitsAt::Zeroes => return Ok(ClusterBits::Zeroes),
-            BitsAt::Ones => return Ok(ClusterBits::Ones),
-            BitsAt::Cluster(at) => at,
-        };
         let mut bytes = vec![0; self.geometry.cluster_size_bytes() as usize];
-        // What the file lacks of its last cluster reads as zeroes.
-        file.read(io, &[IoDst::from(&mut bytes[..])], at).await?;
-        Ok(self.normal(index, bytes))
+        match self.stored_at(index) {
+            BitsAt::Zeroes => return Ok(ClusterBits::Zeroes),
+            BitsAt::Ones if self.stored_in(index) == self.bits_in(index) => return Ok(ClusterBits::Ones),
+            BitsAt::Ones => bytes.fill(0xff),
+            // What the file lacks of its last cluster reads as zeroes.
+            BitsAt::Cluster(at) => drop(file.read(io, &[IoDst::from(&mut bytes[..])], at).await?),
+        }
+        Ok(normal(self.stored_in(index), bytes))
     }
 
     /// Cluster `index` with what was recorded.
@@ -158,25 +176,25 @@ impl Bits {
         for recorder in &self.recorders {
             recorder.or_into(index * self.per_cluster(), &mut bytes);
         }
-        Ok(self.normal(index, bytes))
+        Ok(normal(self.bits_in(index), bytes))
     }
+}
 
-    /// Bits past the end of the bitmap are zero; clusters of nothing but zeroes or ones take no space.
-    fn normal(&self, index: u64, mut bytes: Vec<u8>) -> ClusterBits {
-        let bits = self.bits_in(index) as usize;
-        if bits < bytes.len() * 8 {
-            bytes[bits.div_ceil(8)..].fill(0);
-            if !bits.is_multiple_of(8) {
-                bytes[bits / 8] &= (1 << (bits % 8)) - 1;
-            }
+/// Bits from `count` on are zero; clusters of nothing but zeroes or ones take no space.
+fn normal(count: u64, mut bytes: Vec<u8>) -> ClusterBits {
+    let bits = count as usize;
+    if bits < bytes.len() * 8 {
+        bytes[bits.div_ceil(8)..].fill(0);
+        if !bits.is_multiple_of(8) {
+            bytes[bits / 8] &= (1 << (bits % 8)) - 1;
         }
-        if bytes.iter().all(|&byte| byte == 0) {
-            ClusterBits::Zeroes
-        } else if bytes.iter().all(|&byte| byte == 0xff) {
-            ClusterBits::Ones
-        } else {
-            ClusterBits::Bytes(bytes)
-        }
+    }
+    if bytes.iter().all(|&byte| byte == 0) {
+        ClusterBits::Zeroes
+    } else if bytes.iter().all(|&byte| byte == 0xff) {
+        ClusterBits::Ones
+    } else {
+        ClusterBits::Bytes(bytes)
     }
 }
 

@@ -22,12 +22,14 @@ pub const QCOW2_ALLOW_SHRINK: u32 = 1 << 0;
 /// flags: 0 or QCOW2_ALLOW_SHRINK
 ///
 /// What the disk grows by reads as zeroes, whatever a backing file has there. What it shrinks by goes back to the file
-/// system. Internal snapshots keep their own size. The new size is in force, and durable, when the call returns; after
-/// a crash the disk has its old size or the new one, and so it has after an error (qcow2_size() tells).
-/// Returns 0 or a negative errno: -EINVAL smaller without QCOW2_ALLOW_SHRINK, or a wrong option; -EFBIG larger than the
-/// format can have with that cluster size; -ENOTSUP the image has persistent bitmaps or an external data file, or is of
-/// version 2 with snapshots or over a longer backing file; -ENOSPC; -ECANCELED the progress function ended it: the disk has its old
-/// size; -EROFS.
+/// system. An external data file gets the length of the disk. Persistent bitmaps follow: what the disk gains is dirty in
+/// those that are enabled. Internal snapshots keep their own size. The new size is in force, and durable, when the call
+/// returns; after a crash the disk has its old size or the new one, and so it has after an error (qcow2_size() tells).
+/// A crash in the middle may leave the bitmaps marked in use.
+/// Returns 0 or a negative errno: -EINVAL smaller without QCOW2_ALLOW_SHRINK, or a wrong option, or a bitmap that is
+/// inconsistent (remove it first); -EFBIG larger than the format can have with that cluster size; -ENOTSUP the image is of
+/// version 2 with snapshots or over a longer backing file, or a bitmap cannot be used, or not with that size; -ENOSPC;
+/// -ECANCELED the progress function ended it: the disk has its old size; -EROFS.
 /// Thread-safe; requests of other threads wait until it is done. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_resize(

@@ -28,6 +28,26 @@ use crate::storage::Io;
 use crate::tables::Tables;
 use crate::wait::{Claim, lock};
 
+/// The L1 table under new roots of the image.
+#[derive(Clone, Copy)]
+pub(super) enum NewL1<'a> {
+    /// The one that there is, at its place.
+    Kept,
+    /// These entries, through which the guest sees what it saw before, as far as the disk reaches.
+    Rewritten(&'a [u64]),
+    /// These entries, of another state of the disk.
+    Replaced(&'a [u64]),
+}
+
+impl<'a> NewL1<'a> {
+    fn entries(self) -> Option<&'a [u64]> {
+        match self {
+            Self::Kept => None,
+            Self::Rewritten(entries) | Self::Replaced(entries) => Some(entries),
+        }
+    }
+}
+
 /// The image, held alone: no other request is under way, and none begins. Dropping it lets them in again.
 pub(super) struct Alone<'a> {
     image: &'a Image,
@@ -106,7 +126,6 @@ impl Alone<'_> {
 
     /// Switches the roots of the image: size, L1 table, snapshot table, as `change` sets them in the header. One write
     /// of one sector, so that a crash leaves the old ones or the new ones (D1), and durable when this returns.
-    /// `l1_entries` are the entries of the L1 table at its new place, where that changes.
     ///
     /// The caller has made durable what the new roots refer to ([`Alone::flush`] does), and has nothing of the old
     /// tables waiting to be written. After an error the old roots are in force, or the handle writes no more.
@@ -116,33 +135,33 @@ impl Alone<'_> {
         &self,
         io: &I,
         change: impl FnOnce(&mut Header),
-        l1_entries: Option<&[u64]>,
+        l1: NewL1<'_>,
     ) -> Result<()> {
         let image = self.image;
         let mut new = (*image.header()).clone();
         let old_size = new.size_bytes;
         change(&mut new);
-        if !image.has_bitmaps() || (new.size_bytes == old_size && l1_entries.is_none()) {
-            return self.write_new_roots(io, new, l1_entries).await;
+        let changed = self.ranges_that_change(new.size_bytes, l1);
+        if !image.has_bitmaps() || (new.size_bytes == old_size && changed.is_empty()) {
+            return self.write_new_roots(io, new, l1.entries()).await;
         }
-        let changed = self.ranges_that_change(new.size_bytes, l1_entries);
         image.suspend_bitmaps(io).await?;
-        let switched = self.write_new_roots(io, new, l1_entries).await;
+        let switched = self.write_new_roots(io, new, l1.entries()).await;
         let changed = if switched.is_ok() { &changed[..] } else { &[] };
-        image.resume_bitmaps(io, changed).await;
+        image.resume_bitmaps(io, old_size, changed).await;
         switched
     }
 
     /// Guest ranges that may read differently under another size or L1 table: what a larger disk gains, and what other
     /// L2 tables map. (A table that two states share has not changed since: whoever changes one makes it its own.)
-    fn ranges_that_change(&self, size: u64, l1_entries: Option<&[u64]>) -> Vec<Range<u64>> {
+    fn ranges_that_change(&self, size: u64, l1: NewL1<'_>) -> Vec<Range<u64>> {
         let tables = self.tables();
         let (old_size, covers) = (tables.size_bytes(), tables.geometry.l2_table_covers_bytes());
         let mut ranges = Vec::new();
         if size > old_size {
             ranges.push(old_size..size);
         }
-        let Some(new) = l1_entries else { return ranges };
+        let NewL1::Replaced(new) = l1 else { return ranges };
         for index in 0..tables.geometry.l1_entries_for(size) {
             let (old, new) = (tables.l1.get(L1Index(index)), new.get(index as usize).copied().unwrap_or(0));
             if (old ^ new) & !COPIED != 0 {
@@ -255,7 +274,7 @@ mod tests {
         let (storage, image) = image(3 << 20);
         image.pwrite(&[7; 512], 1 << 20).unwrap();
         let alone = block_on(image.hold_alone(&Blocking)).unwrap();
-        block_on(alone.switch_roots(&Blocking, |header| header.size_bytes = 2 << 20, None)).unwrap();
+        block_on(alone.switch_roots(&Blocking, |header| header.size_bytes = 2 << 20, NewL1::Kept)).unwrap();
         drop(alone);
         assert_eq!((image.size(), image.header().size_bytes), (2 << 20, 2 << 20));
         assert!(image.pread(&mut [0; 512], 2 << 20).is_err(), "past the end");

@@ -10,13 +10,13 @@ mod shrink;
 use std::ops::Range;
 
 use super::Image;
-use super::alone::Alone;
+use super::alone::{Alone, NewL1};
 use super::create::round_size;
 use super::options::{LogLevel, Preallocation};
 use super::progress::ProgressFn;
 use crate::alloc::Reservation;
 use crate::error::{Corruption, CorruptionKind, Error, Result};
-use crate::format::header::AUTOCLEAR_BITMAPS;
+use crate::format::header::DATA_FILE_BYTES_MAX;
 use crate::format::{ClusterState, GuestOffset, HostOffset, L1Index, L2Entry};
 use crate::storage::{Io, IoDst};
 
@@ -64,24 +64,25 @@ impl Image {
         tell: Option<ProgressFn<'_>>,
     ) -> Result<()> {
         self.status.check_write()?;
-        let size = round_size(size_bytes, self.active().geometry)?;
-        self.check_resizable()?;
+        let size = self.check_new_size(size_bytes)?;
         let alone = self.hold_alone(io).await?;
         let old = self.size();
         if size == old {
             return Ok(());
         }
-        let result = if size > old {
-            alone.grow(io, size, options.preallocation, tell).await
-        } else if !options.allow_shrink {
+        if size < old && !options.allow_shrink {
             let why =
                 "is smaller than the disk; what lies past it would be given up, so allow shrinking if that is meant";
             return Err(Error::Argument { name: "size", why });
-        } else if options.preallocation != Preallocation::Off {
+        }
+        if size < old && options.preallocation != Preallocation::Off {
             let why = "cannot be had where a disk becomes smaller";
             return Err(Error::Argument { name: "preallocation", why });
-        } else {
-            alone.shrink(io, size, tell).await
+        }
+        self.check_bitmaps_follow(io, size).await?;
+        let result = match size > old {
+            true => alone.grow(io, size, options.preallocation, tell).await,
+            false => alone.shrink(io, size, tell).await,
         };
         drop(alone);
         match result {
@@ -90,23 +91,19 @@ impl Image {
         }
     }
 
-    /// Refuses images whose other structures say how large the disk is, and could not follow.
-    fn check_resizable(&self) -> Result<()> {
+    /// The size that is meant, or why the image cannot have it.
+    fn check_new_size(&self, size_bytes: u64) -> Result<u64> {
         let header = self.header();
-        let unsupported = |feature: &str| Err(Error::Unsupported { feature: feature.to_owned() });
+        let size = round_size(size_bytes, header.geometry)?;
         if header.snapshots > 0 && header.geometry.version < 3 {
-            return unsupported(
-                "another size for a version 2 image with snapshots, which do not say how large they are",
-            );
+            let feature = "another size for a version 2 image with snapshots, which do not say how large they are";
+            return Err(Error::Unsupported { feature: feature.to_owned() });
         }
-        // While they are recorded they live in memory, and the bit on disk says that they are not to be relied on.
-        if header.autoclear & AUTOCLEAR_BITMAPS != 0 || !self.bitmap_list()?.is_empty() {
-            return unsupported("another size for an image with persistent bitmaps");
+        if header.has_data_file() && size > DATA_FILE_BYTES_MAX {
+            let what = "size of a disk with an external data file";
+            return Err(Error::TooLarge { what, limit: DATA_FILE_BYTES_MAX });
         }
-        if self.active().external.is_some() {
-            return unsupported("another size for an image with an external data file");
-        }
-        Ok(())
+        Ok(size)
     }
 }
 
@@ -124,7 +121,7 @@ impl Alone<'_> {
         if old_at != HostOffset(0) && clusters(count) <= clusters(old_count) && old[..same] == entries[..same] {
             self.extend_in_place(io, old_at, old_count, entries).await?;
             let place = if count == 0 { HostOffset(0) } else { old_at };
-            self.switch_roots(io, |header| set_roots(header, size, place, count), Some(entries)).await?;
+            self.switch_roots(io, |header| set_roots(header, size, place, count), NewL1::Rewritten(entries)).await?;
             self.release_now(old_first + clusters(count)..old_first + clusters(old_count));
             return Ok(());
         }
@@ -146,7 +143,7 @@ impl Alone<'_> {
         bytes.resize((geometry.clusters_for(count * 8) * geometry.cluster_size_bytes()) as usize, 0);
         tables.file.write_bytes(io, &bytes, place).await?;
         self.flush(io).await?;
-        self.switch_roots(io, |header| set_roots(header, size, place, count), Some(entries)).await?;
+        self.switch_roots(io, |header| set_roots(header, size, place, count), NewL1::Rewritten(entries)).await?;
         reservation.keep();
         let old_first = geometry.host_cluster(old.start).0;
         self.release_now(old_first..geometry.clusters_for(old.end.0).max(old_first));
@@ -197,7 +194,9 @@ impl Alone<'_> {
     fn release_table(&self, table: &StoredTable, index: L1Index) -> Result<()> {
         let geometry = self.tables().geometry;
         let mut runs: Vec<Range<u64>> = Vec::new();
-        for entry in 0..1usize << geometry.l2_bits() {
+        // What is in an external data file has no counts.
+        let entries = if self.tables().external.is_some() { 0 } else { 1usize << geometry.l2_bits() };
+        for entry in 0..entries {
             let (_, state) = self.stored_state(table, index, entry)?;
             let clusters = state.host.clusters(geometry);
             match runs.last_mut() {

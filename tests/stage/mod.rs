@@ -105,7 +105,7 @@ pub fn judge_files(
         if let Err(why) = guest.judge(sector, &found) {
             wrong.push(why);
         }
-        if start.is_raw() {
+        if start.is_raw() && sector < end {
             wrong.extend(judge_raw(sector, files[1], &found));
         }
     }

@@ -11,6 +11,7 @@
 //! A handle that only reads changes nothing; one that was killed leaves the marks. Operations hold the image alone: no
 //! change is under way while a bitmap is cleared or merged, so that each is noted before or after as a whole.
 
+mod follow;
 mod operate;
 mod record;
 mod store;

@@ -76,7 +76,7 @@ impl Image {
                 return Err(Error::Bitmap { name: name.to_owned(), problem: BitmapProblem::Exists });
             }
             let entry = self.new_entry(name, options)?;
-            drafts.push(Draft { old: None, entry, cleared: false, resized: false, added: None });
+            drafts.push(Draft { old: None, entry, cleared: false, resized_from: None, added: None });
             Ok(())
         })
         .await

@@ -34,8 +34,8 @@ pub(super) struct Draft {
     pub(super) entry: BitmapEntry,
     /// Nothing of the old bits stays.
     pub(super) cleared: bool,
-    /// The disk may have another size than when it was stored.
-    pub(super) resized: bool,
+    /// The size of the disk when it was stored, which may be another one now.
+    pub(super) resized_from: Option<u64>,
     /// Bits that are added to it, beside those that it has recorded itself.
     pub(super) added: Option<Arc<Recorder>>,
 }
@@ -43,7 +43,7 @@ pub(super) struct Draft {
 impl Draft {
     /// Stays what it is, with what it has recorded.
     pub(super) fn of(bitmap: &Bitmap) -> Self {
-        Self { old: Some(bitmap.clone()), entry: bitmap.entry.clone(), cleared: false, resized: false, added: None }
+        Self { old: Some(bitmap.clone()), entry: bitmap.entry.clone(), cleared: false, resized_from: None, added: None }
     }
 }
 
@@ -125,12 +125,12 @@ impl Image {
         let recorder = draft.old.as_ref().and_then(|old| old.recorder.clone()).filter(|_| !draft.cleared);
         let recorders: Vec<_> = recorder.into_iter().chain(draft.added.clone()).collect();
         let needed = table_entries_for(size, entry.granularity_bits, geometry);
-        if needed * geometry.cluster_size_bytes() > BITMAP_BYTES_MAX {
-            // The disk has outgrown it: it stays as it is, marked in use.
+        if needed == 0 || needed * geometry.cluster_size_bytes() > BITMAP_BYTES_MAX {
+            // The disk has outgrown it, or there is none left: it stays as it is, marked in use.
             entry.in_use = draft.entry.in_use;
             return Ok(entry);
         }
-        if draft.old.is_some() && !draft.cleared && !draft.resized && recorders.is_empty() {
+        if draft.old.is_some() && !draft.cleared && draft.resized_from.is_none() && recorders.is_empty() {
             return Ok(entry);
         }
         let old_table = match &draft.old {
@@ -147,8 +147,11 @@ impl Image {
             None => Vec::new(),
         };
         let kept = if draft.cleared { Vec::new() } else { old_table.clone() };
-        let bits = Bits::new(size, entry.granularity_bits, geometry, kept, recorders);
-        let new_table = self.store_clusters(io, &bits, draft.resized, exchange).await?;
+        let mut bits = Bits::new(size, entry.granularity_bits, geometry, kept, recorders);
+        if let Some(old_size) = draft.resized_from {
+            bits = bits.stored_for(old_size, entry.granularity_bits);
+        }
+        let new_table = self.store_clusters(io, &bits, exchange).await?;
         if draft.old.is_some() && new_table == old_table {
             return Ok(entry);
         }
@@ -165,16 +168,14 @@ impl Image {
         &'a self,
         io: &I,
         bits: &Bits,
-        resized: bool,
         exchange: &mut Exchange<'a>,
     ) -> Result<Vec<BitsAt>> {
         let file = &self.active().file;
         let mut table = Vec::with_capacity(bits.clusters() as usize);
         for index in 0..bits.clusters() {
             let old = bits.stored_at(index);
-            // The last cluster may have bits past the end of a disk that has shrunk.
-            let has_tail = resized && index + 1 == bits.clusters();
-            if !bits.is_recorded(index) && !has_tail {
+            let is_cut = bits.is_cut(index);
+            if !bits.is_recorded(index) && !is_cut {
                 table.push(old);
                 continue;
             }
@@ -182,7 +183,7 @@ impl Image {
             table.push(match new {
                 ClusterBits::Zeroes => BitsAt::Zeroes,
                 ClusterBits::Ones => BitsAt::Ones,
-                ClusterBits::Bytes(_) if !has_tail && new == bits.load_stored(io, file, index).await? => old,
+                ClusterBits::Bytes(_) if !is_cut && new == bits.load_stored(io, file, index).await? => old,
                 ClusterBits::Bytes(bytes) => BitsAt::Cluster(self.write_new(io, &bytes, exchange).await?),
             });
         }
@@ -285,43 +286,7 @@ fn can_stay_in_place(old: &[Bitmap], new: &[Bitmap]) -> bool {
     !new.is_empty() && old.len() == new.len() && old.iter().zip(new).all(fits)
 }
 
-/// A change of all bitmaps for who changes the disk as a whole: resizes it, or switches it to a snapshot.
 impl Image {
-    /// Before the disk changes as a whole: what was recorded is stored, and every bitmap is marked in use, so that a
-    /// crash from now on leaves none that seems to say everything. Only for who holds the image alone.
-    pub(in crate::image) async fn suspend_bitmaps<I: Io>(&self, io: &I) -> Result<()> {
-        if !self.has_bitmaps() {
-            return Ok(());
-        }
-        self.store_bitmaps(io).await?;
-        self.mark_bitmaps(io, true).await
-    }
-
-    /// After it: bitmaps follow the new size, and those that are enabled call `changed` dirty. It has happened whether
-    /// they can follow or not: if not, they stay marked in use for good.
-    pub(in crate::image) async fn resume_bitmaps<I: Io>(&self, io: &I, changed: &[Range<u64>]) {
-        let Some(list) = self.bitmaps.get() else { return };
-        if !list.iter().any(|bitmap| bitmap.ours) {
-            return;
-        }
-        let mut drafts: Vec<Draft> = list.iter().map(Draft::of).collect();
-        for draft in &mut drafts {
-            let Some(old) = &mut draft.old else { continue };
-            old.recorder = None; // of the old size, and empty
-            draft.resized = old.ours;
-            if draft.entry.auto && old.ours && !changed.is_empty() {
-                let recorder = self.new_recorder(&draft.entry);
-                changed.iter().for_each(|range| recorder.note(range.start, range.end - range.start));
-                draft.added = Some(recorder);
-            }
-        }
-        if let Err(e) = self.store_drafts(io, drafts, &list).await {
-            self.log(LogLevel::Error, &format!("the bitmaps of the image could not follow it: {e}"));
-            self.bitmaps.set(Arc::new(list.iter().map(|bitmap| Bitmap::found(bitmap.entry.clone())).collect()));
-            self.status.clear(RECORDING | UNMARKED);
-        }
-    }
-
     /// A recorder of the size of the disk.
     pub(super) fn new_recorder(&self, entry: &BitmapEntry) -> Arc<Recorder> {
         let bits = bits_for(self.size(), entry.granularity_bits);

@@ -1,11 +1,14 @@
 //! Growing: whatever lies past the old end, in this file or below it, is made to read as zeroes before the new size
 //! shows it.
 
+use std::ops::Range;
+
 use super::Alone;
 use crate::alloc::Reservation;
 use crate::error::{Error, Result};
 use crate::format::{ClusterState, GuestOffset, Host, HostCluster, HostOffset, L1Index};
 use crate::image::allocate::{ZEROES, allocate, write_zeroes};
+use crate::image::alone::NewL1;
 use crate::image::link::{Change, look_up};
 use crate::image::options::Preallocation;
 use crate::image::progress::{Progress, ProgressFn};
@@ -39,30 +42,43 @@ impl Alone<'_> {
         }
         let progress = Progress::new(tell, size - old);
         progress.advance(0)?;
-        let mut entries = self.tables().l1.entries();
-        entries.resize(entries.len().max(geometry.l1_entries_for(size) as usize), 0);
         let result = match self.drop_past(io, old).await {
             Ok(()) => self.fill_new_area(io, old, size, mode, &progress).await,
             Err(e) => Err(e),
         };
-        if let Err(e) = result {
-            let undone = match self.flush(io).await {
-                Ok(()) => self.drop_past(io, old).await,
-                Err(e) => Err(e),
-            };
+        let result = match result {
+            Ok(()) => self.switch_to_larger(io, size).await,
+            Err(e) => Err(e),
+        };
+        if result.is_err() {
+            let undone = self.undo_growth(io, old).await;
             self.note("what was allocated for a disk that could not grow is given up only in part", undone);
             let freed = self.give_back(io).await;
             self.note("the space of a disk that could not grow is not given back", freed);
-            return Err(e);
         }
+        result
+    }
+
+    /// Everything that the larger disk has is there: the new size comes into force.
+    async fn switch_to_larger<I: Io>(&self, io: &I, size: u64) -> Result<()> {
         self.flush(io).await?;
-        if entries.len() as u64 == self.tables().l1.count() {
-            return self.switch_roots(io, |header| header.size_bytes = size, None).await;
+        let (present, wanted) = (self.tables().l1.count(), self.tables().geometry.l1_entries_for(size));
+        if wanted <= present {
+            return self.switch_roots(io, |header| header.size_bytes = size, NewL1::Kept).await;
         }
-        // Nothing was entered in the table so far that is not in `entries`: that would have made it larger.
-        let present = self.tables().l1.entries();
-        entries[..present.len()].copy_from_slice(&present);
+        let mut entries = self.tables().l1.entries();
+        entries.resize(wanted as usize, 0);
         self.switch_table(io, size, &entries).await
+    }
+
+    /// The disk keeps its old size: whatever was made for the larger one goes.
+    async fn undo_growth<I: Io>(&self, io: &I, old: u64) -> Result<()> {
+        self.flush(io).await?;
+        self.drop_past(io, old).await?;
+        match &self.tables().external {
+            Some(external) if external.file.size_bytes()? > old => external.file.set_size(old),
+            _ => Ok(()),
+        }
     }
 
     /// Gives up whatever the tables hold past `end`, which is the end of the disk: stale entries that somebody else has
@@ -118,6 +134,7 @@ impl Alone<'_> {
         progress: &Progress<'_>,
     ) -> Result<()> {
         let geometry = self.tables().geometry;
+        self.lengthen_data_file(old, size)?;
         self.zero_behind(io, old).await?;
         let end = match mode {
             Preallocation::Off => size.min(self.image().size_below()),
@@ -144,6 +161,16 @@ impl Alone<'_> {
         Ok(())
     }
 
+    /// Makes the external data file as long as the new disk. What it holds past the old one is nobody's, and would show
+    /// up there: it is cut off first.
+    fn lengthen_data_file(&self, old: u64, size: u64) -> Result<()> {
+        let Some(external) = &self.tables().external else { return Ok(()) };
+        if external.file.size_bytes()? > old {
+            external.file.set_size(old)?;
+        }
+        external.file.set_size(size)
+    }
+
     /// Writes zeroes from the old end to the end of its subcluster, if that holds anything: bytes of this file, or those
     /// below. A compressed cluster is no longer compressed then: it holds nothing past the end.
     async fn zero_behind<I: Io>(&self, io: &I, old: u64) -> Result<()> {
@@ -165,7 +192,9 @@ impl Alone<'_> {
         let holds = match state.host {
             Host::Compressed(_) => true,
             _ if !is_cut || state.zero & bit != 0 => false,
-            _ => state.alloc & bit != 0 || !self.image().below_is_zero(at),
+            // An external data file ended there.
+            _ if state.alloc & bit != 0 => tables.external.is_none(),
+            _ => !self.image().below_is_zero(at),
         };
         if !holds {
             return Ok(());
@@ -206,11 +235,16 @@ impl Alone<'_> {
             }
         }
         let wanted = clusters.iter().filter(|c| c.new.wants_host).count() as u64;
-        let reservation = self.allocator().reserve_fresh(io, tables, wanted).await?;
+        let counted = if tables.external.is_some() { 0 } else { wanted };
+        let reservation = self.allocator().reserve_fresh(io, tables, counted).await?;
         self.make_space(io, &reservation, mode).await?;
+        if tables.external.is_some() {
+            self.give_space(io, old.max(at.0)..at.0 + length, mode).await?;
+        }
         let mut hosts = reservation.clusters();
         let changes = clusters.iter().map(|cluster| {
-            let fresh = if cluster.new.wants_host { hosts.next() } else { None };
+            let place = |()| tables.fixed_host(cluster.at).or_else(|| hosts.next());
+            let fresh = cluster.new.wants_host.then_some(()).and_then(place);
             let host = fresh.map_or(cluster.old.host, |cluster: HostCluster| Host::Cluster { cluster, copied: true });
             let state = ClusterState { host, alloc: cluster.new.alloc, zero: cluster.new.zero };
             Change { cluster_at: cluster.at, state, released: Host::None, drops_data: false }
@@ -223,7 +257,6 @@ impl Alone<'_> {
     /// Makes the file as long as its new clusters need it, and gives them space.
     async fn make_space<I: Io>(&self, io: &I, reservation: &Reservation<'_>, mode: Preallocation) -> Result<()> {
         let tables = self.tables();
-        let silent = Progress::new(None, 0);
         for run in reservation.runs() {
             let (from, to) = (
                 tables.geometry.host_offset(HostCluster(run.start)).0,
@@ -233,13 +266,19 @@ impl Alone<'_> {
             if tables.file.size_bytes()? < to {
                 tables.file.set_size(to)?;
             }
-            let storage = tables.file.storage();
-            match mode {
-                Preallocation::Off | Preallocation::Metadata => {}
-                Preallocation::Falloc => allocate(io, storage, from, to - from, &silent).await?,
-                Preallocation::Full => write_zeroes(io, storage, from, to - from, &silent).await?,
-            }
+            self.give_space(io, from..to, mode).await?;
         }
         Ok(())
+    }
+
+    /// Gives space to a range of the file that guest data is in, which reads as zeroes.
+    async fn give_space<I: Io>(&self, io: &I, range: Range<u64>, mode: Preallocation) -> Result<()> {
+        let storage = self.tables().guest_file().storage();
+        let (silent, length) = (Progress::none(), range.end - range.start);
+        match mode {
+            Preallocation::Off | Preallocation::Metadata => Ok(()),
+            Preallocation::Falloc => allocate(io, storage, range.start, length, &silent).await,
+            Preallocation::Full => write_zeroes(io, storage, range.start, length, &silent).await,
+        }
     }
 }

@@ -45,26 +45,31 @@ impl Alone<'_> {
             trimmed.released.iter().for_each(|host| self.release_now(host.clusters(geometry)));
         }
         let released = self.release_tables(io, &old, entries.len(), &progress).await;
-        if let Err(e @ Error::Corrupt(_)) = released {
+        self.tolerate("a part of what a disk has shrunk by is not given back", released)?;
+        let cut = match &tables.external {
+            Some(external) => external.file.set_size(size),
+            None => self.zero_tail(io, size).await,
+        };
+        self.tolerate("a disk has shrunk, and what it held past its end is still in the file", cut)?;
+        let shorter = match self.give_back(io).await {
+            Ok(()) => self.move_tables_down(io, size).await,
+            Err(e) => Err(e),
+        };
+        self.tolerate("the file of a disk that has shrunk stays longer than it has to be", shorter)
+    }
+
+    /// After the switch an error costs space and no more, unless something in the image is wrong.
+    fn tolerate(&self, what: &str, result: Result<()>) -> Result<()> {
+        if let Err(e @ Error::Corrupt(_)) = result {
             return Err(e);
         }
-        self.note("a part of what a disk has shrunk by is not given back", released);
-        self.zero_tail(io, size).await?;
-        self.give_back(io).await?;
-        match self.move_tables_down(io, size).await {
-            Ok(true) => self.give_back(io).await,
-            Ok(false) => Ok(()),
-            Err(e @ Error::Corrupt(_)) => Err(e),
-            Err(e) => {
-                self.note("the file of a disk that has shrunk stays longer than it has to be", Err(e));
-                Ok(())
-            }
-        }
+        self.note(what, result);
+        Ok(())
     }
 
     /// The tables that were written anew for the new size lie behind everything that there was: they move to where space
-    /// has become free, so that the file can become shorter. Returns whether any did.
-    async fn move_tables_down<I: Io>(&self, io: &I, size: u64) -> Result<bool> {
+    /// has become free, so that the file can become shorter.
+    async fn move_tables_down<I: Io>(&self, io: &I, size: u64) -> Result<()> {
         let tables = self.tables();
         let geometry = tables.geometry;
         let index = geometry.l1_index(GuestOffset(size));
@@ -84,16 +89,15 @@ impl Alone<'_> {
             }
         }
         let l1 = tables.l1.host_range();
-        if l1.is_empty() {
-            return Ok(moved);
+        if !l1.is_empty() {
+            let clusters = geometry.clusters_for(tables.l1.count() * 8);
+            let reservation = self.allocator().reserve_run(io, tables, clusters).await?;
+            if reservation.clusters().next().is_some_and(|first| geometry.host_offset(first) < l1.start) {
+                self.move_table(io, size, &tables.l1.entries(), reservation).await?;
+                moved = true;
+            }
         }
-        let reservation =
-            self.allocator().reserve_run(io, tables, geometry.clusters_for(tables.l1.count() * 8)).await?;
-        if reservation.clusters().next().is_some_and(|first| geometry.host_offset(first) < l1.start) {
-            self.move_table(io, size, &tables.l1.entries(), reservation).await?;
-            moved = true;
-        }
-        Ok(moved)
+        if moved { self.give_back(io).await } else { Ok(()) }
     }
 
     /// Releases the tables that L1 entries from `first` on point to.
@@ -121,7 +125,8 @@ impl Alone<'_> {
         let entry_bytes = geometry.l2_entry_bytes() as usize;
         let first = (geometry.guest_cluster(GuestOffset(end)).0 & ((1 << geometry.l2_bits()) - 1)) as usize;
         let mut new = StoredTable { at: HostOffset(0), ours: true, bytes: old.bytes.clone() };
-        if !old.ours {
+        // With an external data file there are no snapshots, and an entry may be nothing but its COPIED flag.
+        if !old.ours && tables.external.is_none() {
             own_entries(&mut new, entry_bytes);
         }
         let (mut released, mut changed) = (Vec::new(), false);
@@ -132,7 +137,7 @@ impl Alone<'_> {
                 continue;
             }
             changed = true;
-            if left.host == Host::None && state.host != Host::None {
+            if left.host == Host::None && state.host != Host::None && tables.external.is_none() {
                 released.push(state.host);
             }
             new.set(entry, entry_bytes, L2Entry::encode(left, geometry));

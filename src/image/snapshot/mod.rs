@@ -15,7 +15,7 @@ use crate::format::header::{Header, INCOMPATIBLE_DATA_FILE, SNAPSHOTS_MAX};
 use crate::format::snapshot::{NAME_BYTES_MAX, encode_table, find, next_id};
 use crate::format::{HostOffset, Snapshot};
 use crate::image::Image;
-use crate::image::alone::Alone;
+use crate::image::alone::{Alone, NewL1};
 use crate::image::options::LogLevel;
 use crate::image::progress::{Progress, ProgressFn};
 use crate::storage::{Blocking, Io};
@@ -104,7 +104,7 @@ impl Image {
             header.snapshots = count as u32;
             header.snapshots_offset = directory.at;
         };
-        alone.switch_roots(io, change, None).await
+        alone.switch_roots(io, change, NewL1::Kept).await
     }
 
     /// See [`Image::snapshot_apply`].
@@ -127,7 +127,7 @@ impl Image {
             header.l1_offset = l1.at;
         };
         let switched = match alone.flush(io).await {
-            Ok(()) => alone.switch_roots(io, change, Some(&entries)).await,
+            Ok(()) => alone.switch_roots(io, change, NewL1::Replaced(&entries)).await,
             Err(e) => Err(e),
         };
         if let Err(e) = switched {
@@ -167,7 +167,7 @@ impl Image {
             header.snapshots = table.snapshots.len() as u32;
             header.snapshots_offset = directory.at;
         };
-        alone.switch_roots(io, change, None).await?;
+        alone.switch_roots(io, change, NewL1::Kept).await?;
         directory.clusters.keep();
         self.tidy_up(io, &alone, async |tables| {
             let lowered = tree.lower(io, tables, &self.allocator, self.unmap, &progress).await;
