@@ -67,6 +67,12 @@ static void operations(void)
     OK(qcow2_bitmap_extents(image, "b", 100, 0, 0, extents, 64, &n));
     CHECK(n == 0);
     OK(qcow2_bitmap_remove(image, "a"));
+    /* Another size: what the disk gains is dirty, and what it loses is forgotten. */
+    OK(qcow2_resize(image, DISK + 65536, NULL, 0));
+    OK(qcow2_bitmap_extents(image, "b", DISK, 65536, 0, extents, 64, &n));
+    CHECK(n == 1 && extents[0].length == 65536 && extents[0].flags == QCOW2_EXTENT_DIRTY);
+    OK(qcow2_resize(image, DISK, NULL, QCOW2_ALLOW_SHRINK));
+    expect_dirty(image, "b", "0+65536 983040+131072 5242880+65536 7340032+65536 ");
     OK(qcow2_close(image));
     OK(qcow2_close(other));
     CHECK(shell("qemu-img check -q -f qcow2 disk.qcow2 && qemu-img info disk.qcow2 | grep -q 'name: b'"));

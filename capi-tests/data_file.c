@@ -88,6 +88,15 @@ static void in_storages(void)
     OK(qcow2_flush(image));
     CHECK(data.flushes > flushes && data.destroyed == 0);
     CHECK(memcmp(data.bytes + 12345, bytes, sizeof(bytes)) == 0 && data.bytes[12344] == 0);
+    /* Another size for both; no callback reserves space, so that zeroes are written for it. */
+    int writes = data.writes;
+    OK(qcow2_resize(image, 13000, NULL, QCOW2_ALLOW_SHRINK));
+    CHECK(data.size == 13312 && data.writes == writes);
+    opts = OPTIONS("preallocation", "falloc");
+    OK(qcow2_resize(image, 1 << 20, opts, 0));
+    qcow2_opts_free(opts);
+    CHECK(data.size == 1 << 20 && data.writes > writes && data.bytes[13312] == 0);
+    expect_pattern(image, 0x77, 12345, 13312 - 12345);
     OK(qcow2_close(image));
     CHECK(data.destroyed == 1 && file.destroyed == 1);
     free(file.bytes);

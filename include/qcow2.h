@@ -1685,6 +1685,7 @@ int qcow2_queue_cancel(struct qcow2_queue *queue,
 /**
  * What a storage does. Members that are NULL are not supported: a call that needs one fails with -ENOTSUP. Members
  * may be appended in later versions.
+ * No member reserves space: where preallocation=falloc asks for that, zeroes are written, as with preallocation=full.
  *
  * Every callback gets the user pointer given to qcow2_storage_new(), is called from any thread and from several at
  * once, returns a negative errno on failure, and must not call into an image that uses the storage, nor unwind
