@@ -19,7 +19,7 @@ CARGO_TARGET := $(or $(CARGO_TARGET_DIR),target)
 comma := ,
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: build demo check crash bench bench-check bench-driver install header clean fmt archive
+.PHONY: build demo check crash fuzz bench bench-check bench-driver install header clean fmt archive
 
 build: $(SO)
 
@@ -89,6 +89,13 @@ build/bench/driver-heap: benches/driver.c include/qcow2.h build/libqcow2.a
 CRASH_STATES ?= 20000000
 crash:
 	CRASH_STATES=$(CRASH_STATES) $(CARGO) test --locked -j $(JOBS) --release --test sim crash::crash -- --nocapture
+
+# Every fuzz target for so many seconds, after the inputs that broke it before: make fuzz SECONDS=600, or
+# make fuzz SECONDS=60 TARGETS="operate c_calls" SANITIZE=address (which needs a nightly toolchain).
+SECONDS ?= 30
+TARGETS ?=
+fuzz:
+	CARGO='$(CARGO)' JOBS=$(JOBS) SANITIZE='$(SANITIZE)' fuzz/run $(SECONDS) $(TARGETS)
 
 install: build
 	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR)

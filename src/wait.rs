@@ -210,12 +210,12 @@ impl Wake for Parker {
 /// nothing, the waker that parks is only made at the second poll (a claim registers the waker of the latest poll).
 #[inline]
 pub fn block_on<F: Future>(future: F) -> F::Output {
-    block_on_helping(future, None)
+    block_on_helping(future, &[])
 }
 
-/// As [`block_on`]; while the thread waits, it helps.
+/// As [`block_on`]; while the thread waits, it helps all of these.
 #[inline]
-pub fn block_on_helping<F: Future>(future: F, helpers: Option<&Helpers>) -> F::Output {
+pub fn block_on_helping<F: Future>(future: F, helpers: &[&Helpers]) -> F::Output {
     let mut future = pin!(future);
     match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(value) => value,
@@ -224,14 +224,15 @@ pub fn block_on_helping<F: Future>(future: F, helpers: Option<&Helpers>) -> F::O
 }
 
 #[cold]
-fn park_until_ready<F: Future>(mut future: Pin<&mut F>, helpers: Option<&Helpers>) -> F::Output {
+fn park_until_ready<F: Future>(mut future: Pin<&mut F>, helpers: &[&Helpers]) -> F::Output {
     let parker = Arc::new(Parker { thread: std::thread::current(), woken: AtomicBool::new(true) });
     let waker = Waker::from(parker.clone());
     let mut context = Context::from_waker(&waker);
     loop {
         while !parker.woken.swap(false, Ordering::Acquire) {
-            // What is waited for may be a request of a queue that did not exist before: asked each time.
-            if helpers.is_some_and(Helpers::help) {
+            // What is waited for may be a request of a queue that did not exist before: asked each time. All of them
+            // are, whatever the first has to say.
+            if helpers.iter().filter(|helpers| helpers.help()).count() > 0 {
                 std::thread::park_timeout(Helpers::INTERVAL);
             } else {
                 std::thread::park();

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use qcow2::format::GuestOffset;
-use qcow2::image::{CreateOptions, Image, OpenOptions, WriteFlags, ZeroFlags, create_with};
+use qcow2::image::{
+    BitmapOptions, CreateOptions, Image, OpenOptions, ResizeOptions, WriteFlags, ZeroFlags, create_with,
+};
 use qcow2::queue::{Backend, Cancelled, Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::Rng;
@@ -206,6 +208,52 @@ fn a_blocking_call_never_waits_for_a_queue_that_waits_for_its_owner() {
         }
         drop(queue);
         image.close().unwrap();
+    });
+}
+
+/// Resizing an image and changing its bitmaps, in the thread of a queue with requests under way, never ended: unlike
+/// reads and writes these calls did not poll the queue while they waited for its requests. Found by fuzzing C calls.
+#[test]
+fn what_holds_an_image_alone_does_not_wait_for_a_queue_that_waits_for_its_owner() {
+    each("help-alone", |place, backend| {
+        let image = place.image(4 << 20, &CreateOptions::default());
+        let elsewhere = Place { path: place.path.as_ref().map(|p| p.with_extension("other")), storage: Arc::default() };
+        let other = elsewhere.image(5 << 20, &CreateOptions::default());
+        other.bitmap_add("there", BitmapOptions::default()).unwrap();
+        let (mut queue, mut others) =
+            (Queue::new(image.clone(), 8, backend).unwrap(), Queue::new(other.clone(), 8, backend).unwrap());
+        let buffer = Buffer::new(4096);
+        let mut begin = |round: u64| {
+            for queue in [&mut queue, &mut others] {
+                reap_all(queue);
+                for i in 0..4 {
+                    let at = GuestOffset((round * 4 + i) * 65536);
+                    push(queue, Request::Write(vec![buffer.src(0, 4096)], at, WriteFlags::default()), i);
+                }
+                queue.submit();
+            }
+        };
+        begin(0);
+        image.resize(5 << 20, ResizeOptions::default(), None).unwrap();
+        begin(1);
+        image.bitmap_add("here", BitmapOptions::default()).unwrap();
+        begin(2);
+        image.bitmap_enable("here", false).unwrap();
+        begin(3);
+        image.bitmap_enable("here", true).unwrap();
+        begin(4);
+        assert!(image.bitmap_list().unwrap()[0].enabled);
+        begin(5);
+        assert!(!image.bitmap_extents("here", 0, 5 << 20, 8).unwrap().is_empty());
+        begin(6);
+        image.bitmap_merge("here", Some(&other), "there").unwrap();
+        begin(7);
+        image.bitmap_clear("here").unwrap();
+        begin(8);
+        image.bitmap_remove("here").unwrap();
+        drop((queue, others));
+        image.close().unwrap();
+        other.close().unwrap();
     });
 }
 

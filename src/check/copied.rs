@@ -1,7 +1,7 @@
 //! COPIED flags, one entry after the other: told, or put right together with what else an entry allows.
 
 use super::Checker;
-use super::counts::{COPIED as COUNTED_COPIED, Counter, Counts};
+use super::counts::{COPIED as COUNTED_COPIED, Counter, Counts, OUTSIDE};
 use super::finding::FindingKind;
 use super::l2::{Problem, is_outside};
 use super::mend::{has_cluster, mend, with_copied};
@@ -57,7 +57,11 @@ impl<I: Io> Checker<'_, '_, I> {
     /// What COPIED should be for a cluster; `None` if this window does not know.
     fn expected(&self, counts: &Counts, cluster: u64, pass: Pass) -> Option<bool> {
         let Counter { references, flags } = counts.covers(cluster).then(|| counts.get(cluster))?;
+        // References past the end of the file are not counted: there the count that is stored decides, as it does in
+        // the check. New refcount structures have none.
+        let is_lost = references == 0 && flags & OUTSIDE != 0 && !self.sum.rebuild;
         Some(match pass {
+            _ if is_lost => flags & COUNTED_COPIED != 0,
             Pass::Tell => flags & COUNTED_COPIED != 0,
             Pass::Clear | Pass::Set => references.min(self.geometry.refcount_max()) == 1,
         })

@@ -115,7 +115,8 @@ impl<I: Io> Checker<'_, '_, I> {
         let mut copied = 0;
         let (mut from, mut mending) = (Some(0), true);
         while let Some(start) = from {
-            let counts = self.count(start, QUIET).await?;
+            let mut counts = self.count(start, QUIET).await?;
+            self.note_stored(&mut counts).await?;
             copied += self.entries(&counts, Pass::Clear, mending).await?;
             if raising {
                 self.adjust(&counts, Adjust::Raise).await?;
@@ -131,13 +132,25 @@ impl<I: Io> Checker<'_, '_, I> {
         let mut copied = 0;
         let mut from = Some(0);
         while let Some(start) = from {
-            let counts = self.count(start, QUIET).await?;
+            let mut counts = self.count(start, QUIET).await?;
+            self.note_stored(&mut counts).await?;
             self.adjust(&counts, Adjust::Lower).await?;
             copied += self.entries(&counts, Pass::Set, false).await?;
             from = self.next_window(&counts);
         }
         self.file.barrier(self.io).await?;
         Ok(copied)
+    }
+
+    /// Has the counters say which of the stored counts are 1, as far as that decides anything: past the end of the file.
+    async fn note_stored(&mut self, counts: &mut Counts) -> Result<()> {
+        if self.sum.outside.is_some() {
+            let sum = self.sum.clone();
+            let compared = self.compare(counts).await; // nothing is told during a repair
+            self.sum = sum;
+            compared?;
+        }
+        Ok(())
     }
 
     /// Changes the counts of the window where they are.

@@ -9,7 +9,7 @@ use super::load::{load_header, load_header_leniently};
 use super::open::HeldLock;
 use super::options::{Locking, LogLevel, OpenOptions};
 pub use crate::check::{
-    CheckOptions, CheckResult, Finding, FindingKind, MEMORY_BYTES_DEFAULT, MEMORY_BYTES_MIN, Repair,
+    CheckOptions, CheckResult, Finding, FindingKind, MEMORY_BYTES_DEFAULT, MEMORY_BYTES_MIN, OnFinding, Repair,
 };
 use crate::error::{Error, IoOp, Result};
 use crate::format::Header;

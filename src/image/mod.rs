@@ -165,7 +165,7 @@ impl Image {
     /// Gives the disk another size, rounded up to a multiple of 512 bytes. What it grows by reads as zeroes. Requests
     /// that come meanwhile wait. `tell` is told how far it has come, and may end it before the new size is in force.
     pub fn resize(&self, size_bytes: u64, options: ResizeOptions, tell: Option<ProgressFn<'_>>) -> Result<()> {
-        block_on(self.resize_with(&Blocking, size_bytes, options, tell))
+        self.block(self.resize_with(&Blocking, size_bytes, options, tell))
     }
 
     /// Makes everything durable that was acknowledged before the call: data and what is needed to find it.
@@ -225,7 +225,7 @@ impl Image {
     /// Drives a pipeline in the calling thread.
     #[inline]
     fn block<F: Future>(&self, future: F) -> F::Output {
-        block_on_helping(future, Some(&self.helpers))
+        block_on_helping(future, &[&self.helpers])
     }
 
     /// The image's own tables; not its backing files'.

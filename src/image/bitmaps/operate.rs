@@ -14,7 +14,7 @@ use crate::format::bitmap::{
 use crate::format::{GuestOffset, HostOffset};
 use crate::storage::{Blocking, Io};
 use crate::tables::file::HostFile;
-use crate::wait::block_on;
+use crate::wait::block_on_helping;
 
 use super::{BitmapExtent, BitmapInfo};
 
@@ -34,39 +34,41 @@ pub struct BitmapOptions {
 impl Image {
     /// The bitmaps of the image, in their order. Works on images that were opened to be inspected, too.
     pub fn bitmap_list(&self) -> Result<Vec<BitmapInfo>> {
-        block_on(self.bitmap_list_with(&Blocking))
+        self.block(self.bitmap_list_with(&Blocking))
     }
 
     /// What a bitmap says about `[offset, offset + length)`: at most `max` extents, from `offset` on, as long as they can
     /// be; the next call goes on where the last one ends. What was written through this handle counts.
     pub fn bitmap_extents(&self, name: &str, offset: u64, length: u64, max: usize) -> Result<Vec<BitmapExtent>> {
-        block_on(self.bitmap_extents_with(&Blocking, name, GuestOffset(offset), length, max))
+        self.block(self.bitmap_extents_with(&Blocking, name, GuestOffset(offset), length, max))
     }
 
     /// Adds a bitmap. Unless it is disabled, it records from now on.
     pub fn bitmap_add(&self, name: &str, options: BitmapOptions) -> Result<()> {
-        block_on(self.bitmap_add_with(&Blocking, name, options))
+        self.block(self.bitmap_add_with(&Blocking, name, options))
     }
 
     /// Removes a bitmap, whatever state it is in.
     pub fn bitmap_remove(&self, name: &str) -> Result<()> {
-        block_on(self.bitmap_remove_with(&Blocking, name))
+        self.block(self.bitmap_remove_with(&Blocking, name))
     }
 
     /// Makes a bitmap say that nothing was changed.
     pub fn bitmap_clear(&self, name: &str) -> Result<()> {
-        block_on(self.bitmap_clear_with(&Blocking, name))
+        self.block(self.bitmap_clear_with(&Blocking, name))
     }
 
     /// Lets a bitmap record changes from now on, or no longer.
     pub fn bitmap_enable(&self, name: &str, enabled: bool) -> Result<()> {
-        block_on(self.bitmap_enable_with(&Blocking, name, enabled))
+        self.block(self.bitmap_enable_with(&Blocking, name, enabled))
     }
 
     /// Adds to `name` what bitmap `from` says, of this image or of another one of the same size. Their granularities
     /// may differ: what one bit of either covers counts as a whole.
     pub fn bitmap_merge(&self, name: &str, other: Option<&Image>, from: &str) -> Result<()> {
-        block_on(self.bitmap_merge_with(&Blocking, name, other, from))
+        // The other image may have to wait for its own queues.
+        let helpers = [self.helpers(), other.unwrap_or(self).helpers()];
+        block_on_helping(self.bitmap_merge_with(&Blocking, name, other, from), &helpers)
     }
 
     /// As [`Image::bitmap_add`].
