@@ -98,7 +98,7 @@ fn a_repair_leaves_entries_past_the_end_of_the_file_as_the_check_wants_them() {
     let l2 = word(&bytes, word(&bytes, 40)) & !(1 << 63);
     // Counted once, referred to once, and two clusters past the end. The cluster that was there before is a leak now.
     let lost = bytes.len().div_ceil(4096) + 2;
-    bytes[l2 as usize..][..8].copy_from_slice(&(1 << 63 | lost as u64 * 4096).to_be_bytes());
+    bytes[l2 as usize..][..8].copy_from_slice(&((1 << 63) | (lost as u64 * 4096)).to_be_bytes());
     let block = word(&bytes, word(&bytes, 48)) as usize;
     bytes[block + 2 * lost + 1] = 1;
     let storage = Arc::new(MemoryStorage::new(bytes));
