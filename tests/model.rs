@@ -5,6 +5,8 @@
 //! `MODEL_SEED` sets the seed, `MODEL_OPS` the operations for each image.
 
 mod judge;
+#[path = "model/operations.rs"]
+mod operations;
 mod qemu;
 
 use std::path::Path;

@@ -13,6 +13,7 @@ pub mod tail;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 
 use crate::error::Result;
 use crate::format::l2::CompressedExtent;
@@ -54,6 +55,8 @@ pub struct Allocator {
     /// L2 tables that a tree has let go of, but could not be read for what they refer to: with the next flush. They keep
     /// the reference of that tree, so that nobody changes them meanwhile.
     unread: Mutex<Vec<HostOffset>>,
+    /// A write that clears COPIED flags of a tree has failed: what is read back of it does not have to be on the disk.
+    pub flags_in_doubt: AtomicBool,
 }
 
 /// Clusters that are counted but in no table yet. Dropping it gives back those that were not linked.

@@ -19,12 +19,14 @@ pub struct Bitmap {
     pub ours: bool,
     /// Changes since it was last stored.
     pub recorder: Option<Arc<Recorder>>,
+    /// It was stored for a disk of this size, and could not follow the disk to its present one yet.
+    pub stored_for: Option<u64>,
 }
 
 impl Bitmap {
     /// As found on disk.
     pub fn found(entry: BitmapEntry) -> Self {
-        Self { entry, ours: false, recorder: None }
+        Self { entry, ours: false, recorder: None, stored_for: None }
     }
 
     /// Somebody has used it and not saved it: what it says may be out of date.
@@ -32,8 +34,13 @@ impl Bitmap {
         self.entry.in_use && !self.ours
     }
 
+    /// Why its bits cannot be used on a disk of this size, although it is well-formed.
+    pub fn unusable(&self, size_bytes: u64, geometry: Geometry) -> Option<&'static str> {
+        if self.stored_for.is_some() { None } else { self.entry.unusable(size_bytes, geometry) }
+    }
+
     /// Whether every change to a disk of this size has to be recorded in it, and can be.
     pub fn is_recorded(&self, size_bytes: u64, geometry: Geometry) -> bool {
-        self.entry.auto && !self.is_inconsistent() && self.entry.unusable(size_bytes, geometry).is_none()
+        self.entry.auto && !self.is_inconsistent() && self.unusable(size_bytes, geometry).is_none()
     }
 }

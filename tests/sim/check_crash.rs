@@ -12,18 +12,22 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use crate::judge::{Judge, Layout};
-use qcow2::OpenOptions;
 use qcow2::image::check::{CheckOptions, CheckResult, Repair, check_with};
 use qcow2::storage::memory::MemoryStorage;
-use qcow2::storage::sim::{CrashBudget, DiskImage, Rng, SimDisk};
+use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, SimDisk};
 use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
 use qcow2::wait::block_on;
+use qcow2::{Error, OpenOptions};
 
 /// One state in this many is repaired again.
 const REPAIR_ONE_IN: u64 = 7;
 
 fn repair(storage: Arc<dyn Storage>) -> qcow2::Result<CheckResult> {
-    let mut options = CheckOptions { repair: Repair::All, memory_bytes: 1 << 20, ..CheckOptions::default() };
+    repair_as(storage, Repair::All)
+}
+
+fn repair_as(storage: Arc<dyn Storage>, repair: Repair) -> qcow2::Result<CheckResult> {
+    let mut options = CheckOptions { repair, memory_bytes: 1 << 20, ..CheckOptions::default() };
     block_on(check_with(&Blocking, storage, "image", &OpenOptions::default(), &mut options))
 }
 
@@ -149,4 +153,61 @@ fn a_power_cut_during_a_repair_makes_nothing_worse() {
     }
     println!("{cases} repairs, {states} crash states, {again} of them repaired again");
     assert!(cases > 150 && states > 3000 && again > 300, "{cases} {states} {again}");
+}
+
+/// Each call of a repair fails in turn: nothing is worse than it was, the error is told, and the next repair ends where an
+/// undisturbed one does.
+#[test]
+fn a_repair_that_fails_makes_nothing_worse_and_can_be_done_again() {
+    let Some(dir) = qemu::dir("repair-faults") else { return };
+    let (mut rng, mut runs) = (Rng::new(1), 0);
+    let is_judged = |recipe: &images::Recipe| recipe.cluster < 16384 && !recipe.options.contains("data_file");
+    for recipe in images::recipes().into_iter().filter(is_judged) {
+        let sound = fs::read(images::make(&dir, &recipe)).unwrap();
+        for damage in images::damages(&sound, &recipe) {
+            let is_lost = damage.name.starts_with("refcount table") || damage.name.contains("block is not aligned");
+            let is_past = damage.name.contains("block past") || damage.name.contains("L1 entry past");
+            if is_lost || is_past || !rng.one_in(6) {
+                continue;
+            }
+            let start = DiskImage::new(images::damaged(&sound, &damage));
+            for kind in [Repair::All, Repair::Leaks] {
+                let whole = Arc::new(SimDisk::new(start.clone()));
+                let left = repair_as(whole.clone(), kind).unwrap();
+                for index in (0..whole.calls()).filter(|_| rng.one_in(1 + whole.calls() / 8)) {
+                    for (errno, sticky) in [(libc::EIO, false), (libc::ENOSPC, true)] {
+                        let fault = Fault { index, errno, sticky };
+                        let label = format!("{}: {}, {kind:?}, {fault:?}", recipe.name, damage.name);
+                        repair_under(&start, kind, fault, &left, &label);
+                        runs += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(runs > 200, "{runs}");
+}
+
+fn repair_under(start: &DiskImage, kind: Repair, fault: Fault, left: &CheckResult, label: &str) {
+    let (before, kept) = (broken(start), content(start));
+    let disk = Arc::new(SimDisk::new(start.clone()));
+    disk.set_fault(Some(fault));
+    let result = repair_as(disk.clone(), kind);
+    match (&result, disk.fault_hit()) {
+        (_, None) => return,
+        (Ok(result), Some(hit)) => assert!(result.check_errors > 0 || hit.0 == "punch", "{label}: {hit:?}, {result:?}"),
+        (Err(Error::Io { errno, .. }), _) => assert_eq!(*errno, fault.errno, "{label}"),
+        (Err(other), Some(hit)) => panic!("{label}: {hit:?} failed, and the error is {other}"),
+    }
+    disk.crash_states(&mut Rng::new(fault.index), CrashBudget { singles: 4, random: 3 }, |image| {
+        let now = broken(image);
+        let new: Vec<_> = now.difference(&before).collect();
+        assert!(new.is_empty(), "{label}: worse than before: {new:?}");
+        let same = content(image).iter().zip(&kept).all(|(now, before)| before.is_none() || now == before);
+        assert!(same, "{label}: the guest reads something else");
+    });
+    let again = Arc::new(SimDisk::new(disk.durable()));
+    let found = repair_as(again, kind).unwrap_or_else(|e| panic!("{label}: again: {e}"));
+    let facts = |result: &CheckResult| (result.corruptions, result.leaks, result.check_errors);
+    assert_eq!(facts(&found), facts(left), "{label}: repaired again");
 }

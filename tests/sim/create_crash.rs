@@ -4,9 +4,10 @@
 use std::io;
 use std::sync::Mutex;
 
-use qcow2::image::{CreateOptions, create_with, load_header};
+use qcow2::Error;
+use qcow2::image::{CreateOptions, create_with, create_with_data_file, load_header};
 use qcow2::storage::memory::MemoryStorage;
-use qcow2::storage::sim::{CrashBudget, DiskImage, Rng, SimDisk};
+use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, SimDisk};
 use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
 use qcow2::wait::block_on;
 
@@ -109,4 +110,53 @@ fn a_power_cut_leaves_the_old_image_the_new_one_or_none() {
             assert!(seen.old > 0 && seen.new > 0 && seen.nothing > 0, "{seen:?}");
         }
     }
+}
+
+/// One creation on these disks: the image's, and that of its data file, if it has one.
+fn create(disks: &[SimDisk; 2], size: u64, options: &CreateOptions, is_external: bool) -> qcow2::Result<()> {
+    let data = is_external.then_some(&disks[1] as &dyn Storage);
+    block_on(create_with_data_file(&Blocking, &disks[0], data, size, options, None))
+}
+
+/// Each call of a creation fails in turn: the error says which, nothing that opens is left but the old image or the new
+/// one, and once the fault is gone the same storages take the image.
+#[test]
+fn a_creation_that_fails_says_so_and_can_be_done_again() {
+    let (_, old) = made(&[("cluster_size", "4k")], 1 << 20);
+    let (mut runs, mut kinds) = (0, std::collections::BTreeSet::new());
+    for mode in ["off", "metadata", "falloc", "full"] {
+        for (cluster, is_external, raw) in [("4k", false, "off"), ("64k", true, "off"), ("512", true, "on")] {
+            let mut options = CreateOptions::default();
+            let settings = [("cluster_size", cluster), ("preallocation", mode), ("data_file_raw", raw)];
+            settings.iter().for_each(|(key, value)| options.set(key, value).unwrap());
+            let size = 100 << 10;
+            let disks = || [old.clone(), vec![0xee; 300 << 10]].map(|bytes| SimDisk::new(DiskImage::new(bytes)));
+            let whole = disks();
+            create(&whole, size, &options, is_external).unwrap();
+            let new = whole.each_ref().map(|disk| disk.durable().to_file());
+            let calls = [0, 1].map(|disk| (0..whole[disk].calls()).map(move |index| (disk, index)));
+            for (disk, index) in calls.into_iter().flatten() {
+                for (errno, sticky) in [(libc::EIO, false), (libc::ENOSPC, true)] {
+                    let label = format!("{mode}, {cluster}, call {index} of disk {disk}, {errno}");
+                    let disks = disks();
+                    disks[disk].set_fault(Some(Fault { index, errno, sticky }));
+                    let error = create(&disks, size, &options, is_external).unwrap_err();
+                    let named = matches!(&error, Error::Io { errno: told, .. } if *told == errno);
+                    assert!(named, "{label}: {error}");
+                    kinds.insert(disks[disk].fault_hit().unwrap().0);
+                    disks[0].crash_states(&mut Rng::new(index), CrashBudget { singles: 4, random: 4 }, |image| {
+                        let bytes = image.to_file();
+                        let is_whole = bytes == old || bytes == new[0];
+                        assert!(is_whole || !bytes.starts_with(b"QFI\xfb"), "{label}: half an image");
+                    });
+                    disks[disk].set_fault(None);
+                    create(&disks, size, &options, is_external).unwrap_or_else(|e| panic!("{label}: again: {e}"));
+                    let again = disks.each_ref().map(|disk| disk.durable().to_file());
+                    assert!(again == new, "{label}: made again, and different");
+                    runs += 1;
+                }
+            }
+        }
+    }
+    assert!(runs > 100 && ["flush", "truncate", "write"].iter().all(|kind| kinds.contains(kind)), "{runs}, {kinds:?}");
 }

@@ -14,7 +14,9 @@ mod crash;
 mod create_crash;
 mod faults;
 mod interleave;
+mod interleave_operations;
 mod judge_self;
+mod operation_faults;
 mod regress_tables;
 mod snapshot_crash;
 

@@ -100,6 +100,7 @@ pub struct Start {
     /// Contents of the hot sectors in each snapshot.
     pub snapshots: Vec<Vec<Rc<[u8; SECTOR_BYTES]>>>,
     pub extended: bool,
+    is_v2: bool,
 }
 
 impl Case {
@@ -151,6 +152,7 @@ impl Case {
             hot_sectors,
             snapshots: Vec::new(),
             extended,
+            is_v2: self.options.contains("compat=0.10"),
         };
         start.snapshots = (1..=self.snapshots as usize).map(|tree| start.contents(&image, tree)).collect();
         start.image = image;
@@ -286,6 +288,11 @@ impl Start {
     /// Whether the data file is a raw image by itself.
     pub fn is_raw(&self) -> bool {
         matches!(self.data_file, Some(DataFile::Raw | DataFile::RawByUs))
+    }
+
+    /// Whether the image is of version 3: it may have bitmaps, and snapshots that know their size.
+    pub fn is_v3(&self) -> bool {
+        !self.is_v2
     }
 
     /// The guest before the first operation.

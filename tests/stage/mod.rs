@@ -3,9 +3,11 @@
 
 mod guest;
 mod images;
+mod world;
 
 pub use guest::{Guest, PAST_THE_END, Ticket, content_of, pattern, squeezable};
 pub use images::{Case, DataFile, Start, cases, data_file_cases};
+pub use world::{Operation, Tracked, World};
 
 use std::sync::Arc;
 
@@ -114,9 +116,11 @@ pub fn judge_files(
         return wrong;
     }
     for (tree, expected) in (1..).zip(&start.snapshots) {
+        let end = layout.trees[tree].guest_size / SECTOR_BYTES as u64;
         for (&sector, content) in start.hot_sectors.iter().zip(expected).skip((phase % n) as usize).step_by(n as usize)
         {
             match layout.read(tree, sector, &mut found) {
+                _ if sector >= end => found = PAST_THE_END,
                 Ok(Some(())) => {}
                 Ok(None) => found = start.backing_sector(sector),
                 Err(why) => wrong.push(format!("D7: snapshot: {why}")),

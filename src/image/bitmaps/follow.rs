@@ -5,11 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::store::Draft;
-use super::{Bitmap, Image, problem_of};
+use super::{Image, problem_of};
 use crate::error::{BitmapProblem, Error, Result};
 use crate::format::bitmap::{BITMAP_BYTES_MAX, table_entries_for};
 use crate::image::options::LogLevel;
-use crate::image::status::{RECORDING, UNMARKED};
 use crate::storage::Io;
 
 impl Image {
@@ -47,29 +46,26 @@ impl Image {
         self.mark_bitmaps(io, true).await
     }
 
-    /// After it: bitmaps follow the new size, and those that are enabled call `changed` dirty. It has happened whether
-    /// they can follow or not: if not, they stay marked in use for good.
-    /// The disk had `old_size` before.
+    /// After it: bitmaps follow the new size, and those that are enabled call `changed` dirty. `old_size` is that of the
+    /// disk before. It has happened whether they can follow or not: what cannot be stored now is stored later, at close
+    /// at the latest. Until then they are marked in use.
     pub(in crate::image) async fn resume_bitmaps<I: Io>(&self, io: &I, old_size: u64, changed: &[Range<u64>]) {
         let Some(list) = self.bitmaps.get() else { return };
         if !list.iter().any(|bitmap| bitmap.ours) {
             return;
         }
-        let mut drafts: Vec<Draft> = list.iter().map(Draft::of).collect();
-        for draft in &mut drafts {
-            let Some(old) = &mut draft.old else { continue };
-            old.recorder = None; // of the old size, and empty
-            draft.resized_from = old.ours.then_some(old_size);
-            if draft.entry.auto && old.ours && !changed.is_empty() {
-                let recorder = self.new_recorder(&draft.entry);
+        let mut list = (*list).clone();
+        for bitmap in list.iter_mut().filter(|bitmap| bitmap.ours) {
+            bitmap.stored_for = Some(old_size);
+            // What there is of a recorder is empty, and of the old size.
+            bitmap.recorder = bitmap.entry.auto.then(|| self.new_recorder(&bitmap.entry));
+            if let Some(recorder) = &bitmap.recorder {
                 changed.iter().for_each(|range| recorder.note(range.start, range.end - range.start));
-                draft.added = Some(recorder);
             }
         }
-        if let Err(e) = self.store_drafts(io, drafts, &list).await {
-            self.log(LogLevel::Error, &format!("the bitmaps of the image could not follow it: {e}"));
-            self.bitmaps.set(Arc::new(list.iter().map(|bitmap| Bitmap::found(bitmap.entry.clone())).collect()));
-            self.status.clear(RECORDING | UNMARKED);
+        self.bitmaps.set(Arc::new(list.clone()));
+        if let Err(e) = self.store_drafts(io, list.iter().map(Draft::of).collect(), &list).await {
+            self.log(LogLevel::Warning, &format!("the bitmaps of the image follow it later: {e}"));
         }
     }
 }

@@ -16,7 +16,9 @@ mod operate;
 mod record;
 mod store;
 
-use std::sync::{Arc, RwLock};
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, RwLock};
 
 use super::Image;
 use crate::bitmap::record::Budget;
@@ -37,12 +39,21 @@ const RECORDING_BYTES_MAX: u64 = BITMAP_BYTES_MAX;
 pub(super) struct Bitmaps {
     /// Once the directory had to be read to be changed. Replaced as a whole.
     list: RwLock<Option<Arc<Vec<Bitmap>>>>,
+    /// Marks were being written when that failed: which of them are on disk is unknown.
+    marks_unknown: AtomicBool,
+    /// Clusters of a directory that may be on disk or not, to be released once another one is.
+    orphans: Mutex<Vec<Range<u64>>>,
     budget: Arc<Budget>,
 }
 
 impl Default for Bitmaps {
     fn default() -> Self {
-        Self { list: RwLock::default(), budget: Arc::new(Budget::new(RECORDING_BYTES_MAX)) }
+        Self {
+            list: RwLock::default(),
+            marks_unknown: AtomicBool::new(false),
+            orphans: Mutex::default(),
+            budget: Arc::new(Budget::new(RECORDING_BYTES_MAX)),
+        }
     }
 }
 
@@ -95,7 +106,7 @@ impl Image {
             enabled: bitmap.entry.auto,
             in_use: bitmap.entry.in_use,
             inconsistent: bitmap.is_inconsistent(),
-            unusable: bitmap.entry.unusable(header.size_bytes, header.geometry),
+            unusable: bitmap.unusable(header.size_bytes, header.geometry),
         };
         let list = self.load_bitmaps(io).await?;
         Ok(list.iter().map(describe).collect())
@@ -156,7 +167,7 @@ impl Image {
         let header = self.header();
         let problem = if bitmap.is_inconsistent() {
             BitmapProblem::Inconsistent
-        } else if let Some(why) = bitmap.entry.unusable(header.size_bytes, header.geometry) {
+        } else if let Some(why) = bitmap.unusable(header.size_bytes, header.geometry) {
             BitmapProblem::Unusable { why }
         } else {
             return Ok(());
@@ -169,7 +180,12 @@ impl Image {
         let header = self.header();
         let table = load_table(io, file, &bitmap.entry, header.geometry).await?;
         let recorders = bitmap.recorder.iter().cloned().collect();
-        Ok(Bits::new(header.size_bytes, bitmap.entry.granularity_bits, header.geometry, table, recorders))
+        let granularity_bits = bitmap.entry.granularity_bits;
+        let bits = Bits::new(header.size_bytes, granularity_bits, header.geometry, table, recorders);
+        Ok(match bitmap.stored_for {
+            Some(old_size) => bits.stored_for(old_size, granularity_bits),
+            None => bits,
+        })
     }
 
     /// Whether the image has bitmaps that count.

@@ -78,7 +78,7 @@ impl Image {
                 return Err(Error::Bitmap { name: name.to_owned(), problem: BitmapProblem::Exists });
             }
             let entry = self.new_entry(name, options)?;
-            drafts.push(Draft { old: None, entry, cleared: false, resized_from: None, added: None });
+            drafts.push(Draft { old: None, entry, cleared: false, added: None });
             Ok(())
         })
         .await

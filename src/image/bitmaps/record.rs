@@ -1,6 +1,7 @@
 //! Recording: the marks before the first change, and the notes of every change.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::{Bitmap, Image};
 use crate::bitmap::stored;
@@ -62,12 +63,20 @@ impl Image {
                 bitmap.recorder = Some(self.new_recorder(&bitmap.entry));
             }
         }
-        if marked.iter().zip(list.iter()).any(|(new, old)| new.entry != old.entry) {
+        let is_marked = marked.iter().zip(list.iter()).all(|(new, old)| new.entry == old.entry);
+        if !is_marked || self.bitmaps.marks_unknown.load(Relaxed) {
             match self.write_directory_in_place(io, &marked).await {
                 Err(malformed @ Error::Header { .. }) => return self.give_up_bitmaps(io, &malformed).await,
-                written => written?,
+                Err(e) => {
+                    // Any of the marks may be on disk: they are taken away again, and written again before a change.
+                    self.bitmaps.marks_unknown.store(true, Relaxed);
+                    self.bitmaps.set(Arc::new(marked));
+                    return Err(e);
+                }
+                Ok(()) => {}
             }
         }
+        self.bitmaps.marks_unknown.store(false, Relaxed);
         let has_recorders = marked.iter().any(|bitmap| bitmap.recorder.is_some());
         self.bitmaps.set(Arc::new(marked));
         self.status.clear(if has_recorders { UNMARKED } else { UNMARKED | RECORDING });

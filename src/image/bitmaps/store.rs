@@ -12,6 +12,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::{Bitmap, Image};
 use crate::alloc::Reservation;
@@ -25,6 +26,7 @@ use crate::format::header::AUTOCLEAR_BITMAPS;
 use crate::image::options::LogLevel;
 use crate::image::status::{RECORDING, UNMARKED};
 use crate::storage::Io;
+use crate::wait::lock;
 
 /// What a bitmap is to become.
 pub(super) struct Draft {
@@ -34,8 +36,6 @@ pub(super) struct Draft {
     pub(super) entry: BitmapEntry,
     /// Nothing of the old bits stays.
     pub(super) cleared: bool,
-    /// The size of the disk when it was stored, which may be another one now.
-    pub(super) resized_from: Option<u64>,
     /// Bits that are added to it, beside those that it has recorded itself.
     pub(super) added: Option<Arc<Recorder>>,
 }
@@ -43,7 +43,7 @@ pub(super) struct Draft {
 impl Draft {
     /// Stays what it is, with what it has recorded.
     pub(super) fn of(bitmap: &Bitmap) -> Self {
-        Self { old: Some(bitmap.clone()), entry: bitmap.entry.clone(), cleared: false, resized_from: None, added: None }
+        Self { old: Some(bitmap.clone()), entry: bitmap.entry.clone(), cleared: false, added: None }
     }
 }
 
@@ -81,11 +81,8 @@ impl Image {
         if can_stay_in_place(old, &list) {
             tables.flush(io).await?;
             if let Err(e) = self.switch_in_place(io, old, &list).await {
-                // What was reserved is given back, so that no directory may refer to it.
                 if self.write_directory_in_place(io, old).await.is_err() {
-                    self.poison(
-                        "the bitmap directory was being changed when writing failed, and what it says is unknown",
-                    );
+                    self.keep_both(exchange);
                 }
                 return Err(e);
             }
@@ -94,9 +91,11 @@ impl Image {
         }
         exchange.reserved.into_iter().for_each(Reservation::keep);
         // Its removal is durable already.
+        exchange.released.append(&mut lock(&self.bitmaps.orphans));
         exchange.released.into_iter().for_each(|clusters| self.allocator.release(clusters, 0));
         let records = list.iter().any(|bitmap| bitmap.entry.auto && !bitmap.entry.in_use);
         self.bitmaps.set(Arc::new(list));
+        self.bitmaps.marks_unknown.store(false, Relaxed);
         if records {
             self.status.set(RECORDING | UNMARKED);
         } else {
@@ -106,6 +105,17 @@ impl Image {
             self.log(LogLevel::Warning, "recording took all the memory that it may: bitmaps say more than was changed");
         }
         Ok(())
+    }
+
+    /// Which of two directories is on disk, or what mixture of them, is unknown. Both say what is right as long as nothing
+    /// changes: before that, the bitmaps are marked again. What either refers to stays until the next one is known.
+    fn keep_both(&self, exchange: Exchange<'_>) {
+        for reservation in exchange.reserved {
+            lock(&self.bitmaps.orphans).extend_from_slice(reservation.runs());
+            reservation.keep();
+        }
+        self.bitmaps.marks_unknown.store(true, Relaxed);
+        self.status.set(UNMARKED);
     }
 
     /// Writes the bits and the table of a bitmap where they change; returns its new entry.
@@ -130,7 +140,8 @@ impl Image {
             entry.in_use = draft.entry.in_use;
             return Ok(entry);
         }
-        if draft.old.is_some() && !draft.cleared && draft.resized_from.is_none() && recorders.is_empty() {
+        let stored_for = draft.old.as_ref().and_then(|old| old.stored_for);
+        if draft.old.is_some() && !draft.cleared && stored_for.is_none() && recorders.is_empty() {
             return Ok(entry);
         }
         let old_table = match &draft.old {
@@ -148,7 +159,7 @@ impl Image {
         };
         let kept = if draft.cleared { Vec::new() } else { old_table.clone() };
         let mut bits = Bits::new(size, entry.granularity_bits, geometry, kept, recorders);
-        if let Some(old_size) = draft.resized_from {
+        if let Some(old_size) = stored_for {
             bits = bits.stored_for(old_size, entry.granularity_bits);
         }
         let new_table = self.store_clusters(io, &bits, exchange).await?;

@@ -3,6 +3,7 @@
 
 use super::{Alone, StoredTable};
 use crate::alloc::Reservation;
+use crate::alloc::bulk::keep_for_later;
 use crate::error::{Error, Result};
 use crate::format::l2::{COMPRESSED, COPIED, encode_l1};
 use crate::format::{ClusterState, GuestOffset, Host, HostOffset, L1Index, L2Entry};
@@ -102,15 +103,29 @@ impl Alone<'_> {
 
     /// Releases the tables that L1 entries from `first` on point to.
     async fn release_tables<I: Io>(&self, io: &I, l1: &[u64], first: usize, progress: &Progress<'_>) -> Result<()> {
+        let tables = self.tables();
+        let mut result = Ok(());
         for (index, &entry) in l1.iter().enumerate().skip(first) {
             let index = L1Index(index as u64);
-            if let Some(table) = self.stored_table(io, index, entry).await? {
-                self.release_table(&table, index)?;
-                self.maintain(io).await?;
+            let (at, _) = tables.decode_l1(index, entry)?;
+            match self.stored_table(io, index, entry).await {
+                Ok(None) => continue,
+                Ok(Some(table)) => self.release_table(&table, index)?,
+                Err(e @ Error::Corrupt(_)) => return Err(e),
+                // What is in an external data file has no counts.
+                Err(_) if tables.external.is_some() => {
+                    let cluster = tables.geometry.host_cluster(at).0;
+                    self.release_now(cluster..cluster + 1);
+                }
+                Err(e) => {
+                    keep_for_later(self.allocator(), at);
+                    result = Err(e);
+                }
             }
+            result = result.and(self.maintain(io).await);
             let _ = progress.advance(1); // too late to call it off
         }
-        Ok(())
+        result
     }
 
     /// Writes a copy of the L2 table that `end` lies in, without what lies past it. `None`: there is nothing to change.

@@ -1,6 +1,9 @@
 //! A tree of mapping tables: an L1 table, the L2 tables that it points to, and the clusters behind them. Walked table
 //! by table, in memory that does not grow with the tree.
 
+use std::ops::Range;
+use std::sync::atomic::Ordering::Relaxed;
+
 use crate::alloc::{Allocator, bulk};
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::l2::{COPIED, decode_l1};
@@ -150,19 +153,22 @@ impl Tree {
     /// before a second L1 table makes the tree reachable. After an error nothing has been added.
     pub(super) async fn share<I: Io>(&self, io: &I, tables: &Tables, allocator: &Allocator) -> Result<()> {
         for index in 0..self.l1.len() {
-            if let Err(e) = self.share_table(io, tables, index).await {
-                // What cannot be taken back now is leaked; what counts is why.
-                let _ = self.unshare(io, tables, allocator, 0..index).await;
+            if let Err(e) = self.share_table(io, tables, allocator, index).await {
+                // What cannot be taken back now is taken back later; what counts is why.
+                let _ = self.lower_tables(io, tables, allocator, false, 0..index, &Progress::none()).await;
                 return Err(e);
             }
         }
         Ok(())
     }
 
-    async fn share_table<I: Io>(&self, io: &I, tables: &Tables, index: usize) -> Result<()> {
+    async fn share_table<I: Io>(&self, io: &I, tables: &Tables, allocator: &Allocator, index: usize) -> Result<()> {
         let Some(mut table) = self.table(io, tables, index).await? else { return Ok(()) };
-        if l2_table::clear_copied(&mut table.bytes, tables.geometry) {
-            tables.file.write_bytes(io, &table.bytes, table.at).await?;
+        // A write that failed may be read back as done, and need not be on the disk.
+        if l2_table::clear_copied(&mut table.bytes, tables.geometry) || allocator.flags_in_doubt.load(Relaxed) {
+            let written = tables.file.write_bytes(io, &table.bytes, table.at).await;
+            allocator.flags_in_doubt.fetch_or(written.is_err(), Relaxed);
+            written?;
         }
         bulk::raise(io, tables, &table.clusters).await
     }
@@ -177,8 +183,21 @@ impl Tree {
         punch: bool,
         progress: &Progress<'_>,
     ) -> Result<()> {
+        self.lower_tables(io, tables, allocator, punch, 0..self.l1.len(), progress).await
+    }
+
+    /// As [`Tree::lower`], for the tables behind these L1 entries.
+    async fn lower_tables<I: Io>(
+        &self,
+        io: &I,
+        tables: &Tables,
+        allocator: &Allocator,
+        punch: bool,
+        indices: Range<usize>,
+        progress: &Progress<'_>,
+    ) -> Result<()> {
         let mut result = Ok(());
-        for index in 0..self.l1.len() {
+        for index in indices {
             let _ = progress.advance(1); // too late to be ended
             result = result.and(match self.table(io, tables, index).await {
                 Ok(Some(table)) => bulk::lower(io, tables, allocator, &table.clusters, punch).await,
@@ -193,22 +212,6 @@ impl Tree {
             });
         }
         result
-    }
-
-    /// Takes back what was shared in the first tables.
-    async fn unshare<I: Io>(
-        &self,
-        io: &I,
-        tables: &Tables,
-        allocator: &Allocator,
-        indices: std::ops::Range<usize>,
-    ) -> Result<()> {
-        for index in indices {
-            if let Some(table) = self.table(io, tables, index).await? {
-                bulk::lower(io, tables, allocator, &table.clusters, false).await?;
-            }
-        }
-        Ok(())
     }
 }
 
