@@ -1,6 +1,8 @@
 //! Counting many clusters at once, as whole trees need it: block by block, and in the memory that the refcount cache
 //! has. Changed blocks are written back as they fill it.
 
+use std::ops::Range;
+
 use super::Allocator;
 use crate::error::Result;
 use crate::format::{HostCluster, HostOffset, l2_table};
@@ -25,6 +27,11 @@ async fn ask<I: Io>(io: &I, tables: &Tables, mut question: impl FnMut(&mut Refco
 fn by_block<'a>(tables: &Tables, clusters: &'a [u64]) -> impl Iterator<Item = &'a [u64]> + use<'a> {
     let bits = tables.geometry.refcount_block_bits();
     clusters.chunk_by(move |a, b| a >> bits == b >> bits)
+}
+
+/// The runs that a sorted list consists of. A cluster that is listed several times is in as many of them.
+pub fn runs(clusters: &[u64]) -> impl Iterator<Item = Range<u64>> {
+    clusters.chunk_by(|a, b| a + 1 == *b).map(|run| run[0]..run[0] + run.len() as u64)
 }
 
 async fn make_room<I: Io>(io: &I, tables: &Tables) -> Result<()> {
@@ -58,8 +65,7 @@ pub async fn raise<I: Io>(io: &I, tables: &Tables, clusters: &[u64]) -> Result<(
             raised = make_room(io, tables).await;
         }
         if let Err(e) = raised {
-            let back = clusters[..done].iter().copied().map(HostCluster);
-            tables.refcounts.with(|state| state.give_back.extend(back));
+            tables.refcounts.with(|state| state.give_back.extend(runs(&clusters[..done])));
             return Err(e);
         }
     }
@@ -71,13 +77,12 @@ pub async fn lower<I: Io>(io: &I, tables: &Tables, allocator: &Allocator, cluste
     let mut done = 0;
     for part in by_block(tables, clusters) {
         done += part.len();
-        let mut lowered = allocator.lower(io, tables, part.iter().copied().map(HostCluster).collect(), punch).await;
+        let mut lowered = allocator.lower(io, tables, runs(part).collect(), punch).await;
         if lowered.is_ok() {
             lowered = make_room(io, tables).await;
         }
         if let Err(e) = lowered {
-            let rest = clusters[done..].iter().copied().map(HostCluster);
-            tables.refcounts.with(|state| state.give_back.extend(rest));
+            tables.refcounts.with(|state| state.give_back.extend(runs(&clusters[done..])));
             return Err(e);
         }
     }

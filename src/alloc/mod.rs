@@ -7,6 +7,7 @@
 pub mod bulk;
 pub mod epoch;
 pub mod find;
+pub mod lower;
 pub mod pack;
 pub mod tail;
 
@@ -20,7 +21,7 @@ use crate::format::l2::CompressedExtent;
 use crate::format::{GuestCluster, Host, HostCluster, HostOffset};
 use crate::storage::Io;
 use crate::tables::Tables;
-use crate::tables::refcounts::{RefcountState, Refcounts};
+use crate::tables::refcounts::Refcounts;
 use crate::wait::lock;
 
 use epoch::Epochs;
@@ -94,9 +95,9 @@ impl Drop for Reservation<'_> {
             return;
         }
         self.refcounts.with(|state| {
-            for cluster in runs.into_iter().flatten().map(HostCluster) {
-                if !matches!(state.lower(cluster), Ok(Ok(()))) {
-                    state.give_back.push(cluster); // its block is not cached: later
+            for cluster in runs.into_iter().flatten() {
+                if !matches!(state.lower(HostCluster(cluster)), Ok(Ok(()))) {
+                    state.give_back.push(cluster..cluster + 1); // its block is not cached: later
                 }
             }
         });
@@ -248,99 +249,6 @@ impl Allocator {
     /// Whether so much waits for a flush that one should be made.
     pub fn wants_flush(&self) -> bool {
         lock(&self.released).len() >= RELEASED_MAX || lock(&self.holes).len() >= RELEASED_MAX
-    }
-
-    /// Takes back all released clusters for which that is safe now. With `punch`, the file first gives up the space of
-    /// those that become free: after that they may be handed out again at any moment (scenario D11).
-    pub async fn settle<I: Io>(&self, io: &I, tables: &Tables, punch: bool) -> Result<()> {
-        self.transfers.advance();
-        let durable = tables.order.durable_through();
-        let mut ready = tables.refcounts.with(|state| std::mem::take(&mut state.give_back));
-        lock(&self.released).retain(|r| {
-            let safe = r.change <= durable && self.transfers.has_passed(r.epoch);
-            if safe {
-                ready.extend(r.clusters.clone().map(HostCluster));
-            }
-            !safe
-        });
-        ready.sort_unstable();
-        self.lower(io, tables, ready, punch).await?;
-        bulk::lower_unread(io, tables, self, punch).await
-    }
-
-    /// Takes back a reference to each of these clusters, which are sorted, at once. The caller knows that it is safe:
-    /// that nothing on disk or in memory refers to them by it any more. After an error the rest is done with the next
-    /// flush.
-    pub async fn lower<I: Io>(&self, io: &I, tables: &Tables, clusters: Vec<HostCluster>, punch: bool) -> Result<()> {
-        let mut lowering = Lowering { refcounts: &tables.refcounts, left: clusters };
-        if punch {
-            punch_freed(io, tables, &lowering.left).await?;
-        }
-        while let Some(&cluster) = lowering.left.last() {
-            match tables.refcounts.with(|state| state.lower(cluster)) {
-                Ok(Ok(())) => drop(lowering.left.pop()),
-                Ok(Err(need)) => tables.refcounts.load(io, &tables.file, need).await?,
-                Err(corrupt) => {
-                    lowering.left.pop(); // it cannot be lowered, now or later
-                    return Err(corrupt);
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Punches the clusters whose counts are about to become 0, neighbours at once. `clusters` is sorted; a cluster that
-/// loses several references is in it as many times.
-async fn punch_freed<I: Io>(io: &I, tables: &Tables, clusters: &[HostCluster]) -> Result<()> {
-    let mut run = 0..0;
-    for group in clusters.chunk_by(|a, b| a == b) {
-        let ends = |state: &mut RefcountState| {
-            let ends = state.get(group[0])? == group.len() as u64;
-            if ends {
-                state.end_packing(group[0]); // nothing may come into it between the look at its count and the punch
-            }
-            Ok(ends)
-        };
-        let ends = loop {
-            match tables.refcounts.with(ends) {
-                Ok(ends) => break ends,
-                Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
-            }
-        };
-        if !ends {
-            continue;
-        }
-        // An entry that pointed there was wrong; what it pointed to is needed.
-        tables.refcounts.with(|state| find::check_free(state, group[0].0..group[0].0 + 1))?;
-        if run.end != group[0].0 {
-            punch(io, tables, &run).await;
-            run = group[0].0..group[0].0;
-        }
-        run.end += 1;
-    }
-    punch(io, tables, &run).await;
-    Ok(())
-}
-
-async fn punch<I: Io>(io: &I, tables: &Tables, run: &Range<u64>) {
-    let size = tables.geometry.cluster_size_bytes();
-    if !run.is_empty() {
-        tables.file.punch_hole(io, HostOffset(run.start * size), (run.end - run.start) * size).await;
-    }
-}
-
-/// Clusters whose counts are being lowered; what is left when that ends early is kept for the next time.
-struct Lowering<'a> {
-    refcounts: &'a Refcounts,
-    left: Vec<HostCluster>,
-}
-
-impl Drop for Lowering<'_> {
-    fn drop(&mut self) {
-        if !self.left.is_empty() {
-            self.refcounts.with(|state| state.give_back.append(&mut self.left));
-        }
     }
 }
 

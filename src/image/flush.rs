@@ -34,11 +34,7 @@ impl Image {
         if self.status.any(CORRUPT) {
             return Ok(());
         }
-        let settled = match self.allocator.settle(io, tables, self.unmap).await {
-            Ok(()) => self.punch_holes(io).await,
-            Err(e) => Err(e),
-        };
-        match settled {
+        match self.free_released(io).await? {
             Ok(()) => Ok(()),
             Err(e @ Error::Corrupt(_)) => Err(self.note_error(io, e).await),
             Err(e) => {
@@ -49,6 +45,30 @@ impl Image {
                 Ok(())
             }
         }
+    }
+
+    /// Frees what has been released durably, L2 tables in which nothing is left among it. The error inside is one of
+    /// that; the one outside is of a flush that was needed on the way.
+    async fn free_released<I: Io>(&self, io: &I) -> Result<Result<()>> {
+        loop {
+            match self.free_some(io).await {
+                Ok(true) => return Ok(Ok(())),
+                Ok(false) => {}
+                Err(e) => return Ok(Err(e)),
+            }
+            if let Err(e) = self.active().flush(io).await {
+                return Err(self.note_error(io, e).await);
+            }
+        }
+    }
+
+    /// `false`: the tables have to be flushed before it can go on.
+    async fn free_some<I: Io>(&self, io: &I) -> Result<bool> {
+        if !self.allocator.settle(io, self.active(), self.unmap).await? || self.drop_empty_tables(io).await? {
+            return Ok(false);
+        }
+        self.punch_holes(io).await?;
+        Ok(true)
     }
 
     /// Flushes, gives back what can be given back, and ends all use of the handle. See [`Image::close`].
@@ -77,15 +97,14 @@ impl Image {
             if let Err(e) = self.store_bitmaps(io).await {
                 return Err(self.note_error(io, e).await);
             }
-            let mut settled = self.allocator.settle(io, tables, self.unmap).await;
-            if settled.is_ok() {
-                settled = self.punch_holes(io).await;
-            }
-            if let Err(e) = settled {
-                return Err(self.note_error(io, e).await);
-            }
-            if tables.refcounts.with(|state| state.dirty_blocks()) > 0 {
-                tables.flush(io).await?;
+            loop {
+                if let Err(e) = self.free_released(io).await? {
+                    return Err(self.note_error(io, e).await);
+                }
+                if !tables.refcounts.with(|state| state.waits_for_write()) {
+                    break;
+                }
+                tables.flush(io).await?; // which may set free the clusters of a refcount table that moved
             }
             if tables.refcounts.with(|state| state.has_freed)
                 && let Err(e) = self.trim_file(io).await

@@ -65,6 +65,8 @@ impl Image {
         for change in changes.iter().filter(|c| c.released != Host::None) {
             self.allocator.release(change.released.clusters(geometry), number);
         }
+        let dropped = changes.iter().filter(|c| c.released != Host::None && c.state.host == Host::None).count();
+        self.note_emptied(first.cluster_at, dropped as u64);
         Ok(())
     }
 }

@@ -30,6 +30,7 @@ mod rewrite;
 mod snapshot;
 mod space;
 pub mod status;
+mod whole;
 pub mod write;
 pub mod zero;
 
@@ -89,6 +90,7 @@ pub struct Image {
     opened_as: Mutex<Option<OpenedSnapshot>>, // this handle is a snapshot of another
     counters: Counters,
     bitmaps: Bitmaps,
+    emptied: Mutex<whole::Emptied>,
     log: Option<Logger>,
 }
 

@@ -156,6 +156,7 @@ impl Image {
             opened_as: Mutex::new(None),
             counters: Counters::default(),
             bitmaps: Bitmaps::default(),
+            emptied: Default::default(),
             log: None,
         }
     }

@@ -81,6 +81,11 @@ impl Image {
         }
         let (mut at, end) = (offset, offset.0 + length);
         while at.0 < end {
+            if let Some(n) = self.drop_whole(io, at, end, flags.may_unmap).await? {
+                at = at.plus(n);
+                self.maintain(io).await?;
+                continue;
+            }
             let n = split(self.active().geometry, at, end - at.0);
             let mut rest = self.zero_piece(io, at, n, flags).await?;
             rest.reverse();
@@ -198,6 +203,11 @@ impl Image {
         }
         let (mut at, end) = (offset, offset.0 + length);
         while at.0 < end {
+            if let Some(n) = self.drop_whole(io, at, end, true).await? {
+                at = at.plus(n);
+                self.maintain(io).await?;
+                continue;
+            }
             let n = split(tables.geometry, at, end - at.0);
             // Where no table exists and nothing lies below, there is nothing to give up.
             if tables.l1.get(tables.geometry.l1_index(at)) != 0 || !self.below_is_zero(at) {

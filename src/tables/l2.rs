@@ -249,6 +249,17 @@ impl L2Cache {
         }
     }
 
+    /// Copies the words of a slice, if it is cached.
+    #[must_use]
+    pub fn copy(&self, slice: SliceIndex, words: &mut [u64]) -> bool {
+        let copy = |view: &SliceView<'_>| {
+            for (to, from) in words.iter_mut().zip(view.words) {
+                *to = from.load(Ordering::Relaxed);
+            }
+        };
+        self.look(slice, copy).is_some()
+    }
+
     /// Changes a slot's words; the caller holds the lock of `inner`.
     fn change(&self, slot: usize, change: impl FnOnce(&[AtomicU64])) {
         let before = self.sequence[slot].load(Ordering::Relaxed);
@@ -323,6 +334,18 @@ impl L2Cache {
         let inner = lock(&self.inner);
         for slot in (slices.start.0..slices.end.0).filter_map(|slice| self.slot_of(SliceIndex(slice))) {
             debug_assert_eq!(inner.flags[slot], 0, "a table that is not ours was changed");
+            self.change(slot, |_| self.keys[slot].store(0, Ordering::Relaxed));
+        }
+    }
+
+    /// Drops slices of a table that is given up from the cache, and with them what waits to be written. None of them may
+    /// be on its way to the disk.
+    pub fn give_up(&self, slices: std::ops::Range<SliceIndex>) {
+        let mut inner = lock(&self.inner);
+        for slot in (slices.start.0..slices.end.0).filter_map(|slice| self.slot_of(SliceIndex(slice))) {
+            debug_assert_eq!(inner.flags[slot] & WRITING, 0, "a pass would write into a table that is gone");
+            inner.flags[slot] = 0;
+            inner.dirty.retain(|&dirty| dirty as usize != slot);
             self.change(slot, |_| self.keys[slot].store(0, Ordering::Relaxed));
         }
     }

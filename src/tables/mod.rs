@@ -270,10 +270,12 @@ impl Tables {
         }
     }
 
-    /// State of the cluster that `offset` lies in, for a write; its L2 table must exist. COPIED only counts if that
-    /// table is ours as well.
+    /// State of the cluster that `offset` lies in, for a write. COPIED only counts if its L2 table is ours as well.
     pub fn state(&self, offset: GuestOffset) -> Result<Found<ClusterState>> {
-        let (_, ours) = self.table(self.geometry.l1_index(offset))?;
+        let (table, ours) = self.table(self.geometry.l1_index(offset))?;
+        if table == HostOffset(0) {
+            return Ok(Found::Hit(ClusterState::UNALLOCATED));
+        }
         let slice = self.geometry.slice_index(offset);
         let entry = self.l2.look(slice, |view| view.entry(self.geometry.entry_in_slice(offset)));
         let Some(entry) = entry else { return Ok(Found::Miss(slice)) };
@@ -323,7 +325,7 @@ impl Tables {
         })
     }
 
-    /// Brings a slice into the cache. Its L2 table must exist.
+    /// Brings a slice into the cache, if its L2 table exists.
     pub async fn load_slice<I: Io>(&self, io: &I, slice: SliceIndex) -> Result<()> {
         let _loading = self.slice_loads.claim(slice.0..slice.0 + 1).await;
         if self.l2.look(slice, |_| ()).is_some() {
@@ -331,6 +333,9 @@ impl Tables {
         }
         let index = self.geometry.l1_index_of_slice(slice);
         let (table, _) = self.table(index)?;
+        if table == HostOffset(0) {
+            return Ok(()); // it has been given up meanwhile
+        }
         let at = table.plus(self.geometry.slice_offset_in_table(slice));
         let mut bytes = vec![0u8; self.geometry.slice_bytes() as usize];
         let got = self.file.read(io, &[IoDst::from(&mut bytes[..])], at).await?;
@@ -398,5 +403,18 @@ impl Tables {
         let _loading = self.slice_loads.claim(first..first + slices).await;
         self.l2.forget(SliceIndex(first)..SliceIndex(first + slices));
         self.l1.set(index, entry);
+    }
+
+    /// Gives up an L2 table: there is none at this place from now on, and what waited to be written to it never will be.
+    /// Returns the number of the change. The caller keeps everybody from changing its entries.
+    pub async fn give_up_table(&self, index: L1Index) -> u64 {
+        let slices = self.geometry.slices_per_table();
+        let first = index.0 * slices;
+        // No load may be under way that has read the table and not yet installed it, and no pass that writes to it.
+        let _loading = self.slice_loads.claim(first..first + slices).await;
+        let _gate = self.order.hold_gate().await;
+        self.l1.set(index, 0);
+        self.l2.give_up(SliceIndex(first)..SliceIndex(first + slices));
+        self.order.number_change()
     }
 }

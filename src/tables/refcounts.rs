@@ -58,8 +58,8 @@ pub struct RefcountState {
     fixed: Vec<Range<u64>>, // clusters of header, L1 and snapshot table
     /// A cluster has become free through this handle.
     pub has_freed: bool,
-    /// Clusters whose refcount is to be lowered as soon as their block is at hand.
-    pub give_back: Vec<HostCluster>,
+    /// Runs of clusters whose refcounts are to be lowered as soon as their blocks are at hand.
+    pub give_back: Vec<Range<u64>>,
     /// No cluster below this one is free.
     pub hint: HostCluster,
     /// Where the next compressed extent goes: the first byte that nobody has had yet of a host cluster that others are
@@ -191,6 +191,30 @@ impl RefcountState {
             self.run_hint = self.run_hint.min(cluster);
         }
         Ok(self.set(cluster, count - 1))
+    }
+
+    /// Lowers the refcounts of clusters that one block counts by `times`. Returns how many of them were lowered: all
+    /// of them, or those before one that does not have so many references.
+    pub fn lower_run(&mut self, clusters: Range<u64>, times: u64) -> (u64, Result<std::result::Result<(), Need>>) {
+        for cluster in clusters.clone() {
+            let count = match self.get(HostCluster(cluster)) {
+                Ok(count) => count,
+                Err(need) => return (cluster - clusters.start, Ok(Err(need))),
+            };
+            let Some(left) = count.checked_sub(times) else {
+                let underflow = self.corrupt(CorruptionKind::RefcountUnderflow, HostCluster(cluster));
+                return (cluster - clusters.start, Err(underflow));
+            };
+            if left == 0 {
+                self.has_freed = true;
+                self.hint = self.hint.min(HostCluster(cluster));
+                self.run_hint = self.run_hint.min(HostCluster(cluster));
+            }
+            if let Err(need) = self.set(HostCluster(cluster), left) {
+                return (cluster - clusters.start, Ok(Err(need)));
+            }
+        }
+        (clusters.end - clusters.start, Ok(Ok(())))
     }
 
     /// Whether each of these clusters, which are sorted, can get as many references more as it is listed. A cluster that
@@ -517,7 +541,7 @@ impl Refcounts {
             if succeeded {
                 // Before anybody can be handed the old clusters.
                 self.has_moved.fetch_or(!retired.is_empty(), Ordering::AcqRel);
-                s.give_back.extend(retired.into_iter().flatten().map(HostCluster));
+                s.give_back.extend(retired);
             } else {
                 s.dirty_sectors.extend(taken.table.iter().map(|(sector, _)| *sector));
                 s.moved |= taken.moved.is_some();

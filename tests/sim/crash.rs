@@ -183,6 +183,11 @@ fn group(rng: &mut Rng, start: &Start, size: u64) -> Vec<Step> {
                 }
                 Step::Compressed { offset, length, fua: rng.one_in(8), seed: rng.next_u64() }
             }
+            0 if rng.one_in(4) => match cut(start.last_table()) {
+                (_, 0) => continue,
+                (offset, length) if rng.one_in(2) => Step::Discard { offset, length },
+                (offset, length) => Step::Zero { offset, length, unmap: rng.one_in(2), as_data: false },
+            },
             0 => Step::Zero { offset, length, unmap: rng.one_in(2), as_data: rng.one_in(3) },
             1 => match cut(start.random_cluster(rng)) {
                 (_, 0) => continue,

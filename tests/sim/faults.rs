@@ -47,7 +47,7 @@ fn script(start: &Start, seed: u64) -> Vec<Step> {
                 return Step::Zero { offset, length, unmap: rng.one_in(2) };
             }
             if rng.one_in(8) {
-                let (offset, length) = start.random_cluster(&mut rng);
+                let (offset, length) = if rng.one_in(3) { start.last_table() } else { start.random_cluster(&mut rng) };
                 return Step::Discard { offset, length };
             }
             Step::Write { offset, length, fua: rng.one_in(8) }

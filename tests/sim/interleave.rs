@@ -110,7 +110,7 @@ pub async fn perform(image: &Image, io: &SimIo, clock: &Cell<u64>, done: &RefCel
 /// elsewhere: what the first one holds must not be handed out to the second.
 fn clients_that_reuse(rng: &mut Rng, start: &Start) -> Vec<Vec<Request>> {
     let request = |kind, offset, data| Request { kind, offset, data, fua: true, optional: false, began: 0, ended: 0 };
-    let (offset, length) = start.random_cluster(rng);
+    let (offset, length) = if rng.one_in(5) { start.last_table() } else { start.random_cluster(rng) };
     let part = (offset + rng.below(length / ATOM) * ATOM, ATOM);
     let slow = if rng.one_in(3) {
         request(Kind::Write, part.0, pattern(1, part.0, part.1))

@@ -337,7 +337,12 @@ fn run_fault(case: &Case, start: &Start, steps: &[Step], fault: Option<Fault>) -
         assert!(wrong.is_empty(), "{label}: {wrong:#?}\n{errors:#?}");
     });
     if closed.is_ok() {
-        assert_eq!(judge.judge(&disk.durable()).leaks, 0, "{label}: leaks after a successful close; {errors:#?}");
+        let hit = disk.fault_hit();
+        assert_eq!(
+            judge.judge(&disk.durable()).leaks,
+            0,
+            "{label}: leaks after a successful close; {hit:?} {errors:#?}"
+        );
     }
     if let Some(("flush", _)) = disk.fault_hit() {
         assert!(closed.is_err() && !errors.is_empty() || errors.is_empty(), "{label}: a failed flush was forgotten");

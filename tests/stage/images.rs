@@ -314,6 +314,12 @@ impl Start {
         (cluster * self.cluster, self.cluster.min(self.guest_size - cluster * self.cluster))
     }
 
+    /// All that the last L2 table maps, which is three hot clusters: what drops the table.
+    pub fn last_table(&self) -> (u64, u64) {
+        let first = self.hot[self.hot.len() - 3] * self.cluster;
+        (first, self.guest_size - first)
+    }
+
     /// One to three hot clusters beside each other: what a compressed write takes.
     pub fn random_clusters(&self, rng: &mut Rng) -> (u64, u64) {
         let first = self.hot[rng.below(self.hot.len() as u64) as usize];
