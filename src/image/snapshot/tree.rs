@@ -205,7 +205,7 @@ impl Tree {
                 Err(e) => {
                     let place = decode_l1(self.l1[index], tables.geometry);
                     if let (Error::Io { .. }, Ok((at, _))) = (&e, place) {
-                        bulk::keep_for_later(allocator, at);
+                        lower_later(tables, allocator, index, at);
                     }
                     Err(e)
                 }
@@ -213,6 +213,17 @@ impl Tree {
         }
         result
     }
+}
+
+/// For a table that cannot be read while references are taken back: it stays as it is until it can be, and is copied by
+/// whoever wants to change it before. Otherwise it would be what the guest made of it meanwhile that loses references.
+fn lower_later(tables: &Tables, allocator: &Allocator, index: usize, at: HostOffset) {
+    let place = L1Index(index as u64);
+    let active = tables.l1.get(place);
+    if active & COPIED != 0 && tables.table(place).is_ok_and(|(table, _)| table == at) {
+        tables.l1.set(place, active & !COPIED);
+    }
+    bulk::keep_for_later(allocator, at);
 }
 
 /// Makes the COPIED flags of the active tree say again what it has alone, after something has let go of it: what was
