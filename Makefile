@@ -85,10 +85,10 @@ build/bench/driver-heap: benches/driver.c include/qcow2.h build/libqcow2.a
 	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -DCOUNT_HEAP -Iinclude $< -o $@ build/libqcow2.a \
 	    $(addprefix -Wl$(comma)--wrap=,malloc calloc realloc aligned_alloc posix_memalign) -lgcc_s -lpthread -ldl -lm
 
-# The crash test at length: make crash CRASH_STATES=100000000 CRASH_SEED=7
+# The crash campaign at length: make crash CRASH_STATES=100000000 CRASH_SEED=7 (more settings: tests/sim/campaign.rs)
 CRASH_STATES ?= 20000000
 crash:
-	CRASH_STATES=$(CRASH_STATES) $(CARGO) test --locked -j $(JOBS) --release --test sim crash::crash -- --nocapture
+	@CRASH_ROWS=all CRASH_STATES=$(CRASH_STATES) $(CARGO) test -q --locked -j $(JOBS) --profile campaign --test sim campaign:: -- --nocapture
 
 # Every fuzz target for so many seconds, after the inputs that broke it before: make fuzz SECONDS=600, or
 # make fuzz SECONDS=60 TARGETS="operate c_calls" SANITIZE=address (which needs a nightly toolchain).

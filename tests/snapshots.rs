@@ -323,11 +323,11 @@ fn change_table(path: &str, change: impl FnOnce(&mut Vec<qcow2::format::Snapshot
     std::fs::write(path, bytes).unwrap();
 }
 
-/// QEMU wrote the active L1 table in place when a snapshot was applied, in pieces, and with COPIED flags that were no
-/// longer right: after a crash two states were mixed, or a guest write landed in the snapshot (H4). Here content and
+/// H4 of the known holes: QEMU wrote the active L1 table in place when a snapshot was applied, in pieces, and with COPIED flags that were no
+/// longer right: after a crash two states were mixed, or a guest write landed in the snapshot. Here content and
 /// size switch with one sector, and flags that are stale on disk are cleared before.
 #[test]
-fn applying_a_snapshot_switches_content_and_size_at_once_and_trusts_no_flags() {
+fn h4_applying_a_snapshot_switches_content_and_size_at_once_and_trusts_no_flags() {
     let Some(dir) = qemu::dir("snapshot-apply") else { return };
     let path = dir.path("apply.qcow2");
     for (old, new) in [(100u64 << 10, 300u64 << 10), (300 << 10, 100 << 10)] {

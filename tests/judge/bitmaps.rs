@@ -127,11 +127,20 @@ fn entry(layout: &Layout<'_>, at: u64) -> Result<StoredBitmap, String> {
 fn check_tail(layout: &Layout<'_>, table: &[u64], bits: u64) -> Result<(), String> {
     let Some(&last) = table.last().filter(|last| **last & 0x00ff_ffff_ffff_fe00 != 0) else { return Ok(()) };
     let start = (table.len() as u64 - 1) * layout.cluster() * 8;
-    for n in bits - start..layout.cluster() * 8 {
-        let byte = layout.image.part(last + n / 8, 1).first().copied().unwrap_or(0);
-        if byte >> (n % 8) & 1 == 1 {
-            return Err(format!("unused bit {n} of the last cluster is set"));
+    let host = last & 0x00ff_ffff_ffff_fe00;
+    let (first, mut found) = (bits - start, None);
+    layout.words(host, layout.cluster() / 8, &mut |index, word| {
+        // Bit n of a bitmap is bit n % 8 of its byte.
+        let unused = |within: &u64| {
+            let n = index * 64 + within;
+            n >= first && word >> (56 - within / 8 * 8 + within % 8) & 1 == 1
+        };
+        if index * 64 + 63 >= first {
+            found = found.or((0..64).find(unused).map(|within| index * 64 + within));
         }
+    });
+    if let Some(n) = found {
+        return Err(format!("unused bit {n} of the last cluster is set"));
     }
     Ok(())
 }

@@ -55,7 +55,6 @@ pub struct Layout<'a> {
     pub snapshots_offset: u64,
     pub snapshots_bytes: u64,
     pub trees: Vec<Tree>,
-    inflated: RefCell<HashMap<u64, Option<Rc<Vec<u8>>>>>,
 }
 
 fn word32(image: &DiskImage, at: usize) -> u32 {
@@ -98,7 +97,6 @@ impl<'a> Layout<'a> {
             snapshots_offset: long(64),
             snapshots_bytes: 0,
             trees: Vec::new(),
-            inflated: RefCell::default(),
         };
         if !(2..=3).contains(&version) || !(9..=21).contains(&layout.cluster_bits) || layout.refcount_order > 6 {
             return Err("version, cluster_bits or refcount_order out of range".into());
@@ -207,12 +205,15 @@ impl<'a> Layout<'a> {
 
     /// Calls `each(index, refcount)` for each refcount of a block that is not 0.
     pub fn counted(&self, block: u64, each: &mut dyn FnMut(u64, u64)) {
-        let per_word = 64 >> self.refcount_order;
-        self.words(block, self.cluster() / 8, &mut |word, _| {
-            for index in word * per_word..(word + 1) * per_word {
-                let count = self.refcount(block, index);
+        let (per_word, bits) = (64 >> self.refcount_order, 1u64 << self.refcount_order);
+        self.words(block, self.cluster() / 8, &mut |index, word| {
+            for within in 0..per_word {
+                // Entries of a byte or more are big-endian; smaller ones fill their byte from its low bits on.
+                let shift =
+                    if bits >= 8 { 64 - bits * (within + 1) } else { 56 - within * bits / 8 * 8 + within * bits % 8 };
+                let count = word >> shift & (u64::MAX >> (64 - bits));
                 if count != 0 {
-                    each(index, count);
+                    each(index * per_word + within, count);
                 }
             }
         });
@@ -294,23 +295,43 @@ impl<'a> Layout<'a> {
     }
 
     fn inflate(&self, descriptor: u64) -> Option<Rc<Vec<u8>>> {
-        let mut inflated = self.inflated.borrow_mut();
-        inflated.entry(descriptor).or_insert_with(|| self.inflate_now(descriptor).map(Rc::new)).clone()
-    }
-
-    fn inflate_now(&self, descriptor: u64) -> Option<Vec<u8>> {
         let (offset, length) = self.compressed_extent(descriptor);
         let mut packed = vec![0; length.min(self.image.end().saturating_sub(offset)) as usize];
         self.image.read(offset, &mut packed);
+        INFLATED.with_borrow_mut(|known| {
+            let key = (descriptor, self.cluster_bits, self.zstd);
+            if known.len() > 500 {
+                known.clear();
+            }
+            match known.get(&key) {
+                Some((bytes, data)) if *bytes == packed => data.clone(),
+                _ => {
+                    let data = self.inflate_now(&packed).map(Rc::new);
+                    known.insert(key, (packed, data.clone()));
+                    data
+                }
+            }
+        })
+    }
+
+    fn inflate_now(&self, packed: &[u8]) -> Option<Vec<u8>> {
         let mut out = vec![0; self.cluster() as usize];
         if self.zstd {
-            let done = zstd_safe::DCtx::create().decompress_stream_whole(&mut out, &packed);
+            let done = zstd_safe::DCtx::create().decompress_stream_whole(&mut out, packed);
             return (done == Some(out.len())).then_some(out);
         }
         let config = zlib_rs::InflateConfig { window_bits: -12 };
-        let (data, _) = zlib_rs::decompress_slice(&mut out, &packed, config);
+        let (data, _) = zlib_rs::decompress_slice(&mut out, packed, config);
         (data.len() == self.cluster() as usize).then_some(out)
     }
+}
+
+/// By descriptor, cluster size and method: the bytes there, and what they become.
+type Inflated = HashMap<(u64, u32, bool), (Vec<u8>, Option<Rc<Vec<u8>>>)>;
+
+thread_local! {
+    /// What was decompressed last. Crash states of one moment have most of it in common, which is told by the bytes.
+    static INFLATED: RefCell<Inflated> = RefCell::default();
 }
 
 trait DecompressWhole {

@@ -36,6 +36,8 @@ pub struct Verdict {
     pub violations: Vec<String>,
     /// Clusters counted more often than they are used: allowed after a crash or an error.
     pub leaks: u64,
+    /// Those of them that lie in the file as long as it is.
+    pub leaks_inside: u64,
 }
 
 /// The judge. Keeps its tables from image to image.
@@ -43,11 +45,15 @@ pub struct Verdict {
 pub struct Judge {
     roles: Vec<Role>,
     references: Vec<u64>,
+    /// What the refcount blocks say.
+    counts: Vec<u64>,
     /// Last tree and address within it that referred to the cluster.
     users: Vec<(usize, u64)>,
     /// COPIED flags met: cluster, and where the flag is.
     copied: Vec<(u64, u64)>,
     verdict: Verdict,
+    /// Images so far in which something was counted and not used.
+    pub leaking: u64,
 }
 
 const NOBODY: (usize, u64) = (usize::MAX, u64::MAX);
@@ -70,6 +76,7 @@ impl Judge {
     pub fn judge_parsed(&mut self, layout: &Layout<'_>) -> Verdict {
         self.verdict = Verdict::default();
         self.judge_layout(layout);
+        self.leaking += u64::from(self.verdict.leaks > 0);
         std::mem::take(&mut self.verdict)
     }
 
@@ -99,7 +106,8 @@ impl Judge {
         for tree in &layout.trees[1..] {
             self.area(layout, tree.l1_offset, tree.l1_entries * 8, Role::SnapshotL1, "snapshot's L1 table");
         }
-        let blocks: Vec<u64> = (0..table_bytes / 8).map(|i| layout.u64(layout.refcount_table_offset + i * 8)).collect();
+        let mut blocks = vec![0; table_bytes as usize / 8];
+        layout.words(layout.refcount_table_offset, table_bytes / 8, &mut |index, entry| blocks[index as usize] = entry);
         for (index, &entry) in blocks.iter().enumerate().filter(|(_, e)| **e != 0) {
             let place = layout.refcount_table_offset + index as u64 * 8;
             self.pointer(layout, entry, Role::RefcountBlock, (BLOCKS, index as u64), place);
@@ -129,6 +137,9 @@ impl Judge {
     /// Notes one reference to a cluster; finds a second role (D5) and a second address in the same tree (D5).
     fn claim(&mut self, cluster: u64, role: Role, user: (usize, u64), place: u64) {
         let index = cluster as usize;
+        if index >= self.roles.len() + (1 << 20) {
+            return self.bad(format!("D2: {role:?} of entry at 0x{place:x} is far past the end of the file"));
+        }
         if index >= self.roles.len() {
             self.roles.resize(index + 1, Role::Nothing);
             self.references.resize(index + 1, 0);
@@ -267,32 +278,34 @@ impl Judge {
     /// D3 (refcount >= references, unless the dirty bit says that counts are off), D4 (COPIED), leaks.
     fn compare_counts(&mut self, layout: &Layout<'_>, blocks: &[u64]) {
         let per_block = (layout.cluster() * 8) >> layout.refcount_order;
-        for cluster in 0..self.references.len() {
+        let mut counts = std::mem::take(&mut self.counts);
+        counts.clear();
+        counts.resize(self.references.len(), 0);
+        for (index, &block) in blocks.iter().enumerate().filter(|(_, b)| **b != 0) {
+            layout.counted(block, &mut |entry, count| {
+                let cluster = (index as u64 * per_block + entry) as usize;
+                let is_leak = count > self.references.get(cluster).copied().unwrap_or(0);
+                let is_inside = (cluster as u64) < layout.image.size.div_ceil(layout.cluster());
+                self.verdict.leaks += u64::from(is_leak);
+                self.verdict.leaks_inside += u64::from(is_leak && is_inside);
+                counts.get_mut(cluster).into_iter().for_each(|slot| *slot = count);
+            });
+        }
+        for (cluster, &count) in counts.iter().enumerate() {
             let references = self.references[cluster];
-            if references == 0 || layout.dirty {
-                continue;
-            }
-            let block = blocks.get((cluster as u64 / per_block) as usize).copied().unwrap_or(0);
-            let count = if block == 0 { 0 } else { layout.refcount(block, cluster as u64 % per_block) };
-            if count < references {
+            if count < references && !layout.dirty {
                 let role = self.roles[cluster];
                 self.bad(format!(
                     "D3: host cluster {cluster} ({role:?}) has {references} references and refcount {count}"
                 ));
             }
         }
+        self.counts = counts;
         for (cluster, place) in std::mem::take(&mut self.copied) {
             if self.references[cluster as usize] != 1 {
                 let references = self.references[cluster as usize];
                 self.bad(format!("D4: COPIED at 0x{place:x} for host cluster {cluster} with {references} references"));
             }
-        }
-        for (index, &block) in blocks.iter().enumerate().filter(|(_, b)| **b != 0) {
-            layout.counted(block, &mut |entry, count| {
-                let cluster = index as u64 * per_block + entry;
-                let references = self.references.get(cluster as usize).copied().unwrap_or(0);
-                self.verdict.leaks += u64::from(count > references);
-            });
         }
     }
 }

@@ -6,9 +6,9 @@
 //! What a bitmap has to cover is told by contents: a sector that reads as it did when the bitmap was started (or as it
 //! was left while the bitmap was disabled) need not be dirty, and any other must be.
 //!
-//! `BITMAP_CRASH_STATES` and `BITMAP_FAULT_RUNS` set how many states are judged and how many runs are made;
-//! `CRASH_SEED` and `CRASH_CASE` are those of the crash test.
+//! The first part is run by the campaign; `BITMAP_FAULT_RUNS` sets how many runs the second makes.
 
+use crate::campaign::{Job, REOPEN_ONE_IN, Share, Tally, weight};
 use crate::number;
 use crate::qemu;
 use crate::stage;
@@ -324,26 +324,27 @@ fn bitmap_cases() -> Vec<Case> {
     cases().into_iter().filter(|case| !case.options.contains("compat=0.10")).collect()
 }
 
-#[derive(Default)]
-struct Tally {
-    states: u64,
-    reopened: u64,
-    wrong: Vec<String>,
-}
-
 /// Judges all crash states of this moment.
-fn look(disk: &SimDisk, start: &Start, world: &World, rng: &mut Rng, judge: &mut Judge, tally: &mut Tally) {
+fn look(
+    (disk, start, world): (&SimDisk, &Start, &World),
+    rng: &mut Rng,
+    judge: &mut Judge,
+    (share, tally): (&Share<'_>, &mut Tally),
+    label: &dyn Fn() -> String,
+) {
     let mut sampling = Rng::new(rng.next_u64());
     let sparse = (start.hot_sectors.len() as u64 / 32).max(1);
     tally.states += disk.crash_states(rng, CrashBudget { singles: 8, random: 5 }, |image| {
         let mut wrong = judge_sample(judge, image, &world.guest, start, sampling.next_u64() >> 32, sparse);
         wrong.extend(world.judge(image));
-        if wrong.is_empty() && sampling.one_in(60) {
+        let clean = wrong.is_empty();
+        tally.add(wrong, label);
+        if clean && sampling.one_in(REOPEN_ONE_IN) {
             tally.reopened += 1;
-            wrong.extend(reopen(judge, image, start, sampling.next_u64()));
+            tally.add(reopen(judge, image, start, sampling.next_u64()), label);
         }
-        if tally.wrong.len() < 4 {
-            tally.wrong.extend(wrong);
+        if clean && share.shows_qemu(&mut sampling) {
+            share.ask_qemu(judge, [image, &DiskImage::empty()], tally, label);
         }
     });
 }
@@ -378,18 +379,23 @@ fn reopen(judge: &mut Judge, image: &DiskImage, start: &Start, seed: u64) -> Vec
     wrong
 }
 
-fn run_script(start: &Start, bitmaps: &Bitmaps, seed: u64, tally: &mut Tally) {
+fn run_script(
+    start: &Start,
+    bitmaps: &Bitmaps,
+    seed: u64,
+    judge: &mut Judge,
+    (share, tally): (&Share<'_>, &mut Tally),
+) {
     let mut rng = Rng::new(seed);
     let disk = Arc::new(SimDisk::new(start.image.clone()));
     let io = SimIo::new(rng.next_u64(), 1, vec![disk.clone()]);
     let world = RefCell::new(World::new(start, bitmaps));
     let mut scheduler = Scheduler::new(rng.next_u64());
-    let (mut look_rng, mut judge, mut seen) = (Rng::new(rng.next_u64()), Judge::default(), u64::MAX);
+    let (mut look_rng, mut seen) = (Rng::new(rng.next_u64()), u64::MAX);
     let mut watch = |label: &dyn Fn() -> String, tally: &mut Tally| {
         if std::mem::replace(&mut seen, disk.changes()) != disk.changes() {
-            let had = tally.wrong.len();
-            look(&disk, start, &world.borrow(), &mut look_rng, &mut judge, tally);
-            tally.wrong[had..].iter_mut().for_each(|wrong| *wrong = format!("seed {seed}, {}: {wrong}", label()));
+            let label = || format!("seed {seed}, {}", label());
+            look((&disk, start, &world.borrow()), &mut look_rng, judge, (share, tally), &label);
         }
     };
     let cache = if rng.one_in(3) { 4 * start.cluster.min(4096) } else { 0 };
@@ -416,7 +422,7 @@ fn run_script(start: &Start, bitmaps: &Bitmaps, seed: u64, tally: &mut Tally) {
                 result.unwrap_or_else(|why| panic!("seed {seed}, {label}: {why}"));
             }
             op += 4;
-            if !tally.wrong.is_empty() {
+            if tally.bad() > 0 {
                 return;
             }
         }
@@ -429,6 +435,7 @@ fn run_script(start: &Start, bitmaps: &Bitmaps, seed: u64, tally: &mut Tally) {
         assert!(found.iter().all(|bitmap| !bitmap.in_use), "seed {seed}: closed, and marked in use: {found:?}");
     }
     watch(&|| "closed".into(), tally);
+    tally.scripts += 1;
 }
 
 /// One change, or two at once that do not overlap.
@@ -437,6 +444,7 @@ fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
     if rng.one_in(3) {
         let range = |step: &Step| match step {
             Step::Write { offset, length, .. }
+            | Step::Compressed { offset, length }
             | Step::Zero { offset, length, .. }
             | Step::Discard { offset, length } => offset / 512..(offset + length).div_ceil(512),
             _ => 0..0,
@@ -450,24 +458,25 @@ fn group(rng: &mut Rng, start: &Start) -> Vec<Step> {
     steps
 }
 
-#[test]
-fn no_crash_leaves_a_bitmap_that_says_too_little() {
-    let Some(dir) = qemu::dir("bitmap-crash") else { return };
-    let wanted = std::env::var("CRASH_CASE").unwrap_or_default();
-    let cases: Vec<Case> = bitmap_cases().into_iter().filter(|case| case.name.contains(&wanted)).collect();
-    let share = number("BITMAP_CRASH_STATES", 40_000) / cases.len() as u64;
-    for case in &cases {
-        let mut tally = Tally::default();
-        let mut seed = number("CRASH_SEED", 1);
-        let starts = [make(case, &dir, false), make(case, &dir, true)];
-        while tally.states < share {
-            let (start, bitmaps) = &starts[seed as usize % 2];
-            run_script(start, bitmaps, seed, &mut tally);
-            assert!(tally.wrong.is_empty(), "{}: {:#?}", case.name, tally.wrong);
-            seed += 1;
-        }
-        println!("{:<40} {:>9} states, {:>5} opened again", case.name, tally.states, tally.reopened);
-    }
+/// The rows of the campaign.
+pub fn jobs() -> Vec<Job> {
+    let job = |case: Case| Job {
+        kind: "bitmaps",
+        name: case.name.into(),
+        weight: weight(&case),
+        run: Box::new(move |share| {
+            let starts = [make(&case, share.dir, false), make(&case, share.dir, true)];
+            let (mut tally, mut judge, mut seed) = (Tally::default(), Judge::default(), share.seed);
+            while share.goes_on(&tally) {
+                let (start, bitmaps) = &starts[seed as usize % 2];
+                run_script(start, bitmaps, seed, &mut judge, (share, &mut tally));
+                seed += 1;
+            }
+            tally.leaks = judge.leaking;
+            tally
+        }),
+    };
+    bitmap_cases().into_iter().map(job).collect()
 }
 
 #[test]

@@ -1,16 +1,13 @@
 //! Crashes. Scripts of writes, flushes and FUA writes run through the engine on a simulated disk; at every step the
 //! disks that a crash may leave behind are enumerated and judged by a second reader of the format:
 //! no broken structure (D1 to D6), stable sectors and snapshots read what they read at the last flush (D7), others
-//! their old value or one issued since (D8); a raw external data file by itself is the disk (D14). A sample is opened again with the library, written, and judged again.
-//!
-//! `CRASH_STATES` sets how many states are judged in all (`make crash CRASH_STATES=100000000` for a long run);
-//! `CRASH_SEED` sets the first seed; `CRASH_CASE` takes only cases whose name contains it.
+//! their old value or one issued since (D8); a raw external data file by itself is the disk (D14). A sample is opened again with the
+//! library, written, and judged again. The campaign runs them.
 
-use crate::number;
+use crate::campaign::{Job, REOPEN_ONE_IN, Share, Tally, weight};
 use crate::qemu;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
-use std::sync::Mutex;
 
 use crate::judge::Judge;
 use crate::stage::{
@@ -22,43 +19,6 @@ use qcow2::image::{Image, Preallocation, ResizeOptions, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, Rng, Scheduler, SimDisk, SimIo, Task, crash_states};
 use qcow2::storage::{IoSrc, Storage};
 
-const STATES_BY_DEFAULT: u64 = 400_000;
-/// One state in this many is opened again.
-const REOPEN_ONE_IN: u64 = 50;
-
-#[derive(Debug, Default, Clone)]
-struct Tally {
-    scripts: u64,
-    states: u64,
-    reopened: u64,
-    structure: u64,
-    stable_lost: u64,
-    neither_old_nor_new: u64,
-    after_reopen: u64,
-    messages: Vec<String>,
-}
-
-impl Tally {
-    fn add(&mut self, wrong: Vec<String>, place: impl Fn() -> String) {
-        for what in wrong {
-            let counter = match &what[..2] {
-                "D7" => &mut self.stable_lost,
-                "D8" => &mut self.neither_old_nor_new,
-                "re" | "af" => &mut self.after_reopen,
-                _ => &mut self.structure,
-            };
-            *counter += 1;
-            if self.messages.len() < 4 {
-                self.messages.push(format!("{}: {what}", place()));
-            }
-        }
-    }
-
-    fn bad(&self) -> u64 {
-        self.structure + self.stable_lost + self.neither_old_nor_new + self.after_reopen
-    }
-}
-
 /// Watches the disks of one image during one script.
 struct Watch<'a> {
     disks: &'a [Arc<SimDisk>; 2],
@@ -69,6 +29,7 @@ struct Watch<'a> {
     rng: Rng,
     judge: Judge,
     tally: Tally,
+    share: &'a Share<'a>,
 }
 
 impl Watch<'_> {
@@ -82,7 +43,7 @@ impl Watch<'_> {
         self.seen = now;
         let guest = self.guest.borrow();
         let (judge, tally, start) = (&mut self.judge, &mut self.tally, self.start);
-        let mut sampling = Rng::new(self.rng.next_u64());
+        let (mut sampling, share) = (Rng::new(self.rng.next_u64()), self.share);
         let both = self.disks.each_ref().map(|disk| &**disk);
         let states = crash_states(both, &mut self.rng, CrashBudget::default(), |files| {
             let sparse = (start.hot_sectors.len() as u64 / 64).max(1);
@@ -92,6 +53,9 @@ impl Watch<'_> {
             if clean && sampling.one_in(REOPEN_ONE_IN) {
                 tally.reopened += 1;
                 tally.add(reopen_files(judge, files, &guest, start, sampling.next_u64()), &place);
+            }
+            if clean && share.shows_qemu(&mut sampling) {
+                share.ask_qemu(judge, files, tally, &place);
             }
         });
         self.tally.states += states;
@@ -278,7 +242,7 @@ async fn perform(
     Ok(())
 }
 
-fn run_script(start: &Start, seed: u64, tally: Tally) -> Tally {
+fn run_script(start: &Start, seed: u64, tally: Tally, share: &Share<'_>) -> Tally {
     let mut rng = Rng::new(seed);
     let disks = disks(start);
     let io = SimIo::new(rng.next_u64(), 1, disks.to_vec());
@@ -294,6 +258,7 @@ fn run_script(start: &Start, seed: u64, tally: Tally) -> Tally {
         rng: Rng::new(rng.next_u64()),
         judge: Judge::default(),
         tally,
+        share,
     };
     let cache = if rng.one_in(3) { 4 * start.cluster.min(4096) } else { 0 };
     let image =
@@ -324,6 +289,11 @@ fn run_script(start: &Start, seed: u64, tally: Tally) -> Tally {
     if end.leaks > 0 {
         watch.tally.add(vec![format!("leak: {} clusters after a clean close", end.leaks)], || format!("seed {seed}"));
     }
+    if share.shows_qemu_the_end(&mut rng) {
+        let [image, data] = disks.each_ref().map(|disk| disk.durable());
+        share.ask_qemu(&mut watch.judge, [&image, &data], &mut watch.tally, || format!("seed {seed}, end"));
+    }
+    watch.tally.leaks += watch.judge.leaking;
     watch.tally.scripts += 1;
     watch.tally
 }
@@ -332,79 +302,23 @@ fn all_cases() -> impl Iterator<Item = Case> {
     cases().into_iter().chain(data_file_cases())
 }
 
-fn run_case(case: &Case, dir: &qemu::Dir, states: u64, first_seed: u64) -> Tally {
-    let start = case.make(dir);
-    let mut tally = Tally::default();
-    let mut seed = first_seed;
-    while tally.states < states && tally.bad() == 0 {
-        tally = run_script(&start, seed, tally);
-        seed += 1;
-    }
-    tally
-}
-
-#[test]
-fn no_crash_state_is_damaged() {
-    if qemu::dir("crash").is_none() {
-        return;
-    }
-    let wanted = std::env::var("CRASH_CASE").unwrap_or_default();
-    let cases: Vec<Case> = all_cases().filter(|case| case.name.contains(&wanted)).collect();
-    // A state of an image with large clusters, or with many, takes several times as long.
-    let weight = |case: &Case| if case.cluster_bits == 16 || case.prefill_kib > 0 { 1 } else { 8 };
-    let share = number("CRASH_STATES", STATES_BY_DEFAULT).div_ceil(cases.iter().map(weight).sum());
-    let seed = number("CRASH_SEED", 1);
-    let next = Mutex::new(0);
-    let tallies = Mutex::new(vec![None; cases.len()]);
-    std::thread::scope(|scope| {
-        for worker in 0..2 {
-            let (cases, next, tallies, weight) = (&cases, &next, &tallies, &weight);
-            std::thread::Builder::new()
-                .name(format!("crash-{worker}"))
-                .spawn_scoped(scope, move || {
-                    let dir = qemu::dir(&format!("crash-{worker}")).unwrap();
-                    loop {
-                        let mut guard = next.lock().unwrap();
-                        let index = *guard;
-                        *guard += 1;
-                        drop(guard);
-                        let Some(case) = cases.get(index) else { return };
-                        let tally = run_case(case, &dir, share * weight(case), seed);
-                        tallies.lock().unwrap()[index] = Some(tally);
-                    }
-                })
-                .unwrap();
-        }
-    });
-    report(&cases, &tallies.into_inner().unwrap());
-}
-
-fn report(cases: &[Case], tallies: &[Option<Tally>]) {
-    println!(
-        "{:<40} {:>7} {:>9} {:>8} {:>9} {:>11} {:>15} {:>12}",
-        "image", "scripts", "states", "reopened", "structure", "stable lost", "not old or new", "after reopen"
-    );
-    let mut bad = Vec::new();
-    let mut states = 0;
-    for (case, tally) in cases.iter().zip(tallies) {
-        let t = tally.clone().unwrap_or_default();
-        println!(
-            "{:<40} {:>7} {:>9} {:>8} {:>9} {:>11} {:>15} {:>12}",
-            case.name,
-            t.scripts,
-            t.states,
-            t.reopened,
-            t.structure,
-            t.stable_lost,
-            t.neither_old_nor_new,
-            t.after_reopen
-        );
-        states += t.states;
-        bad.extend(t.messages.iter().map(|message| format!("{}: {message}", case.name)));
-    }
-    println!("{states} crash states");
-    assert!(bad.is_empty(), "crash states with damage:\n{}", bad.join("\n"));
-    assert!(tallies.iter().all(|t| t.as_ref().is_some_and(|t| t.states > 0)), "a case was not judged");
+/// The rows of the campaign.
+pub fn jobs() -> Vec<Job> {
+    let job = |case: Case| Job {
+        kind: if case.data_file.is_some() { "data files" } else { "writes" },
+        name: case.name.into(),
+        weight: 4 * weight(&case),
+        run: Box::new(move |share| {
+            let start = case.make(share.dir);
+            let (mut tally, mut seed) = (Tally::default(), share.seed);
+            while share.goes_on(&tally) {
+                tally = run_script(&start, seed, tally, share);
+                seed += 1;
+            }
+            tally
+        }),
+    };
+    all_cases().map(job).collect()
 }
 
 #[test]

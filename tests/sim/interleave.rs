@@ -20,7 +20,7 @@ use qcow2::storage::{Blocking, IoDst, IoSrc};
 /// Requests start and end at multiples of this: smaller than a sector, so that two writes share one.
 const ATOM: u64 = 128;
 const COMPRESSED: WriteFlags = WriteFlags { fua: false, compressed: true };
-const INTERLEAVINGS_BY_DEFAULT: u64 = 20_000;
+const INTERLEAVINGS_BY_DEFAULT: u64 = 64_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {

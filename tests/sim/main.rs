@@ -7,7 +7,9 @@ mod qemu;
 #[path = "../stage/mod.rs"]
 mod stage;
 
+mod alphabet;
 mod bitmap_crash;
+mod campaign;
 mod check_crash;
 mod compressed;
 mod crash;
@@ -16,6 +18,7 @@ mod faults;
 mod interleave;
 mod interleave_operations;
 mod judge_self;
+mod known_holes;
 mod operation_faults;
 mod regress_tables;
 mod snapshot_crash;

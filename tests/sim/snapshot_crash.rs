@@ -3,8 +3,9 @@
 //! every sector of the disk and of every snapshot (D7), with no broken structure (D1 to D6). Then the same scripts with
 //! each of their I/O calls failing.
 //!
-//! `CRASH_STATES`, `CRASH_SEED`, `CRASH_CASE` and `FAULT_RUNS` as for the tests of writes.
+//! The first part is run by the campaign; `CRASH_SEED`, `CRASH_CASE` and `FAULT_RUNS` are for the second.
 
+use crate::campaign::{Job, REOPEN_ONE_IN, Share, Tally, weight};
 use crate::number;
 use crate::qemu;
 use std::cell::{Cell, RefCell};
@@ -15,25 +16,23 @@ use crate::judge::Judge;
 use crate::stage::{Case, Guest, Start, cases, judge_sample, open, pattern, reopen_and_write};
 use qcow2::error::ErrorCode;
 use qcow2::format::GuestOffset;
-use qcow2::image::{Image, SnapshotFacts, WriteFlags, ZeroFlags};
+use qcow2::image::{BitmapOptions, Image, Preallocation, ResizeOptions, SnapshotFacts, WriteFlags, ZeroFlags};
 use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, Scheduler, SimDisk, SimIo};
 use qcow2::storage::{Blocking, Io, IoSrc};
 use qcow2::wait::block_on;
 
-const STATES_BY_DEFAULT: u64 = 250_000;
 const FAULT_RUNS_BY_DEFAULT: u64 = 4_000;
-const REOPEN_ONE_IN: u64 = 50;
 const SNAPSHOTS_MAX: usize = 4;
 
 /// What an image may be: what its disk reads as, and (in `start`) what its snapshots do.
 #[derive(Clone)]
-struct World {
-    guest: Guest,
-    start: Start,
+pub struct World {
+    pub guest: Guest,
+    pub start: Start,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Step {
+pub enum Step {
     Write {
         offset: u64,
         length: u64,
@@ -58,6 +57,10 @@ enum Step {
     /// The snapshot with this index, modulo how many there are.
     Apply(usize),
     Delete(usize),
+    /// To a size, with what it grows by preallocated.
+    Resize(u64, Preallocation),
+    /// Adds a bitmap; or disables it if it is there and enabled, or removes it.
+    Bitmap,
 }
 
 impl World {
@@ -117,13 +120,13 @@ fn script(start: &Start, rng: &mut Rng, steps: usize) -> Vec<Step> {
 }
 
 /// The worlds that the disk may show now: one, or two while a snapshot operation is under way.
-struct Worlds {
+pub struct Worlds {
     now: RefCell<Vec<World>>,
-    changes: Cell<u64>,
+    pub changes: Cell<u64>,
 }
 
 impl Worlds {
-    fn new(start: &Start) -> Self {
+    pub fn new(start: &Start) -> Self {
         Self { now: RefCell::new(vec![World::new(start)]), changes: Cell::new(0) }
     }
 
@@ -132,14 +135,14 @@ impl Worlds {
         self.changes.set(self.changes.get() + 1);
     }
 
-    fn guest<R>(&self, f: impl FnOnce(&mut Guest) -> R) -> R {
+    pub fn guest<R>(&self, f: impl FnOnce(&mut Guest) -> R) -> R {
         self.changes.set(self.changes.get() + 1);
         f(&mut self.now.borrow_mut()[0].guest)
     }
 
     /// What is wrong with a disk in the world that it is closest to, and that world. A sample of the sectors is looked
     /// at, or all of them: two worlds may differ in a single one.
-    fn judge(&self, judge: &mut Judge, image: &DiskImage, phase: u64, all: bool) -> (Vec<String>, World) {
+    pub fn judge(&self, judge: &mut Judge, image: &DiskImage, phase: u64, all: bool) -> (Vec<String>, usize) {
         let worlds = self.now.borrow();
         let sparse = |world: &World| if all { 1 } else { (world.start.hot_sectors.len() as u64 / 64).max(1) };
         let of = |judge: &mut Judge, world: &World| {
@@ -147,19 +150,17 @@ impl Worlds {
         };
         let first = of(judge, &worlds[0]);
         if first.is_empty() || worlds.len() == 1 {
-            return (first, worlds[0].clone());
+            return (first, 0);
         }
         let second = of(judge, &worlds[1]);
         match second.is_empty() {
-            true => (second, worlds[1].clone()),
-            false => {
-                ([vec!["neither the old nor the new state".to_owned()], first, second].concat(), worlds[0].clone())
-            }
+            true => (second, 1),
+            false => ([vec!["D9: neither the old nor the new state".to_owned()], first, second].concat(), 0),
         }
     }
 }
 
-async fn perform<I: Io>(image: &Image, io: &I, worlds: &Worlds, op: u64, step: Step) -> qcow2::Result<()> {
+pub async fn perform<I: Io>(image: &Image, io: &I, worlds: &Worlds, op: u64, step: Step) -> qcow2::Result<()> {
     match step {
         Step::Write { offset, length, fua } => {
             let data = pattern(op, offset, length);
@@ -197,6 +198,26 @@ async fn perform<I: Io>(image: &Image, io: &I, worlds: &Worlds, op: u64, step: S
             let began = worlds.guest(|g| g.now());
             image.flush_with(io).await?;
             worlds.guest(|g| g.flushed(began));
+        }
+        Step::Resize(size, preallocation) => {
+            let ticket = worlds.guest(|g| g.issue_end(image.size() / 512, size / 512));
+            let options = ResizeOptions { allow_shrink: true, preallocation };
+            match image.resize_with(io, size, options, None).await {
+                Err(qcow2::Error::Unsupported { .. }) => worlds.guest(|g| g.retract(&ticket)),
+                result => {
+                    result?;
+                    worlds.guest(|g| g.forced(&ticket));
+                }
+            }
+        }
+        Step::Bitmap => {
+            // They flush what was acknowledged before, but promise nothing about it.
+            match image.bitmap_list_with(io).await?.first() {
+                None => image.bitmap_add_with(io, "b", BitmapOptions::default()).await?,
+                Some(bitmap) if bitmap.enabled => image.bitmap_enable_with(io, "b", false).await?,
+                Some(_) => image.bitmap_remove_with(io, "b").await?,
+            }
+            worlds.guest(|_| ());
         }
         Step::Create | Step::Apply(_) | Step::Delete(_) => {
             let done = snapshot_step(image, io, worlds, op, step).await;
@@ -243,7 +264,14 @@ fn is_refused(case: &Case, error: &qcow2::Error) -> bool {
     is_narrow(case) && error.code() == ErrorCode::TooLarge
 }
 
-fn run_script(case: &Case, start: &Start, seed: u64, judge: &mut Judge, totals: &mut [u64; 3]) {
+/// Runs one script of the campaign. `label` names it.
+pub fn run_script(
+    (case, start): (&Case, &Start),
+    (seed, label): (u64, &str),
+    steps_for: impl FnOnce(&mut Rng) -> Vec<Step>,
+    judge: &mut Judge,
+    (share, tally): (&Share<'_>, &mut Tally),
+) {
     let mut rng = Rng::new(seed);
     let disk = Arc::new(SimDisk::new(start.image.clone()));
     let io = SimIo::new(rng.next_u64(), 1, vec![disk.clone()]);
@@ -251,58 +279,101 @@ fn run_script(case: &Case, start: &Start, seed: u64, judge: &mut Judge, totals: 
     let worlds = Worlds::new(start);
     let cache = if rng.one_in(3) { 4 * start.cluster.min(4096) } else { 0 };
     let (mut seen, mut sampling, mut choosing) = ((0, 0), Rng::new(rng.next_u64()), Rng::new(rng.next_u64()));
-    let mut look = |label: &dyn Fn() -> String| {
+    let mut look = |label: &dyn Fn() -> String, judge: &mut Judge, tally: &mut Tally| {
         let now = (disk.changes(), worlds.changes.get());
         if std::mem::replace(&mut seen, now) == now {
             return;
         }
-        totals[1] += disk.crash_states(&mut choosing, CrashBudget { singles: 8, random: 6 }, |image| {
+        tally.states += disk.crash_states(&mut choosing, CrashBudget { singles: 8, random: 6 }, |image| {
             let (phase, reopens) = (sampling.next_u64() >> 32, sampling.one_in(REOPEN_ONE_IN));
-            let (wrong, world) = worlds.judge(judge, image, phase, reopens);
-            assert!(wrong.is_empty(), "{}, {}: {wrong:#?}", case.name, label());
-            if reopens {
-                totals[2] += 1;
+            let (wrong, which) = worlds.judge(judge, image, phase, reopens);
+            let clean = wrong.is_empty();
+            tally.add(wrong, label);
+            if clean && reopens {
+                tally.reopened += 1;
+                let world = worlds.now.borrow()[which].clone();
                 let wrong = reopen_and_write(judge, image, &world.guest, &world.start, sampling.next_u64());
-                assert!(wrong.is_empty(), "{}, {}: {wrong:#?}", case.name, label());
+                tally.add(wrong, label);
+            }
+            if clean && share.shows_qemu(&mut sampling) {
+                share.ask_qemu(judge, [image, &DiskImage::empty()], tally, label);
             }
         });
     };
     let image = scheduler.run_one(open(&io, &disk, start, cache), || {}).unwrap().unwrap();
-    for (op, step) in (1..).zip(script(start, &mut rng, 10)) {
-        let label = || format!("seed {seed}, op {op}: {step:?}");
-        let done = scheduler.run_one(perform(&image, &io, &worlds, op, step), || look(&label)).unwrap();
+    for (op, step) in (1..).zip(steps_for(&mut rng)) {
+        let label = || format!("seed {label}, op {op}: {step:?}");
+        let Some(step) = within(step, &worlds, start, image.size()) else { continue };
+        let done = scheduler.run_one(perform(&image, &io, &worlds, op, step), || look(&label, judge, tally)).unwrap();
         match done {
             Err(e) if is_refused(case, &e) => break,
-            done => done.unwrap_or_else(|e| panic!("{}, {}: {e}", case.name, label())),
+            Err(e) => tally.add(vec![format!("failed: {e}")], label),
+            Ok(()) => {}
+        }
+        if tally.bad() > 0 {
+            return;
         }
     }
     let began = worlds.guest(|g| g.now());
-    scheduler.run_one(image.close_with(&io), || look(&|| format!("seed {seed}, close"))).unwrap().unwrap();
+    let close = || format!("seed {label}, close");
+    let closed = scheduler.run_one(image.close_with(&io), || look(&close, judge, tally)).unwrap();
+    closed.unwrap_or_else(|e| panic!("{}, seed {label}: close: {e}", case.name));
     worlds.guest(|g| g.flushed(began));
-    look(&|| format!("seed {seed}, closed"));
-    assert_eq!(judge.judge(&disk.durable()).leaks, 0, "{}, seed {seed}: leaks", case.name);
-    totals[0] += 1;
+    look(&|| format!("seed {label}, closed"), judge, tally);
+    let end = disk.durable();
+    if judge.judge(&end).leaks > 0 {
+        tally.add(vec!["leaks after a clean close".into()], close);
+    }
+    if share.shows_qemu_the_end(&mut rng) {
+        share.ask_qemu(judge, [&end, &DiskImage::empty()], tally, close);
+    }
+    tally.scripts += 1;
+}
+
+/// A step on the disk as it is now: it may have another size, and other snapshots, than when the script was made.
+/// `None` where nothing is left of it.
+fn within(step: Step, worlds: &Worlds, start: &Start, size: u64) -> Option<Step> {
+    let snapshots = worlds.now.borrow()[0].start.snapshots.len();
+    let cut = |offset: u64, length: u64| Some(length.min(size.saturating_sub(offset))).filter(|left| *left > 0);
+    // Half a cluster is not given up, unless the disk ends there.
+    let cut_cluster = |offset: u64, length: u64| {
+        cut(offset, length).filter(|left| (offset + left).is_multiple_of(start.cluster) || offset + left == size)
+    };
+    Some(match step {
+        Step::Write { offset, length, fua } => Step::Write { offset, length: cut(offset, length)?, fua },
+        Step::Zero { offset, length, unmap } => Step::Zero { offset, length: cut(offset, length)?, unmap },
+        Step::Compress { offset, length } => Step::Compress { offset, length: cut_cluster(offset, length)? },
+        Step::Discard { offset, length } => Step::Discard { offset, length: cut_cluster(offset, length)? },
+        Step::Apply(index) => Step::Apply(index % Some(snapshots).filter(|n| *n > 0)?),
+        Step::Delete(index) => Step::Delete(index % Some(snapshots).filter(|n| *n > 0)?),
+        other => other,
+    })
+}
+
+/// The rows of the campaign.
+pub fn jobs() -> Vec<Job> {
+    let job = |case: Case| Job {
+        kind: "snapshots",
+        name: case.name.into(),
+        weight: 2 * weight(&case),
+        run: Box::new(move |share| {
+            let start = case.make(share.dir);
+            let (mut tally, mut judge, mut seed) = (Tally::default(), Judge::default(), share.seed);
+            while share.goes_on(&tally) {
+                let steps = |rng: &mut Rng| script(&start, rng, 10);
+                run_script((&case, &start), (seed, &seed.to_string()), steps, &mut judge, (share, &mut tally));
+                seed += 1;
+            }
+            tally.leaks = judge.leaking;
+            tally
+        }),
+    };
+    cases().into_iter().map(job).collect()
 }
 
 fn wanted_cases() -> Vec<Case> {
     let wanted = std::env::var("CRASH_CASE").unwrap_or_default();
     cases().into_iter().filter(|case| case.name.contains(&wanted)).collect()
-}
-
-#[test]
-fn a_crash_leaves_the_old_or_the_new_state() {
-    let Some(dir) = qemu::dir("snapshot-crash") else { return };
-    let cases = wanted_cases();
-    let share = number("CRASH_STATES", STATES_BY_DEFAULT) / cases.len() as u64;
-    for case in &cases {
-        let start = case.make(&dir);
-        let (mut totals, mut judge, mut seed) = ([0; 3], Judge::default(), number("CRASH_SEED", 1));
-        while totals[1] < share {
-            run_script(case, &start, seed, &mut judge, &mut totals);
-            seed += 1;
-        }
-        println!("{:<40} {:>5} scripts, {:>8} states, {:>6} reopened", case.name, totals[0], totals[1], totals[2]);
-    }
 }
 
 /// Runs a script with a fault; returns the number of I/O calls.

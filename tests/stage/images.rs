@@ -237,7 +237,7 @@ fn around(hot: &[u64], cluster: u64, size: u64, op: u64) -> DiskImage {
 }
 
 /// Writes a file that has holes where the image has.
-fn write_sparse(path: &str, image: &DiskImage) {
+pub fn write_sparse(path: &str, image: &DiskImage) {
     let file = std::fs::File::create(path).unwrap();
     file.set_len(image.size).unwrap();
     let mut at = 0;

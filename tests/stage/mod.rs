@@ -6,7 +6,7 @@ mod images;
 mod world;
 
 pub use guest::{Guest, PAST_THE_END, Ticket, content_of, pattern, squeezable};
-pub use images::{Case, DataFile, Start, cases, data_file_cases};
+pub use images::{Case, DataFile, Start, cases, data_file_cases, write_sparse};
 pub use world::{Operation, Tracked, World};
 
 use std::sync::Arc;
@@ -77,9 +77,10 @@ pub fn judge_sample(
 fn judge_raw(sector: u64, data: &DiskImage, by_the_tables: &[u8; SECTOR_BYTES]) -> Option<String> {
     let mut alone = [0; SECTOR_BYTES];
     data.read(sector * SECTOR_BYTES as u64, &mut alone);
-    let (is, shows) = (content_of(&alone), content_of(by_the_tables));
-    (alone != *by_the_tables)
-        .then(|| format!("D14: sector {sector} of the raw data file is {is}, the tables show {shows}"))
+    (alone != *by_the_tables).then(|| {
+        let (is, shows) = (content_of(&alone), content_of(by_the_tables));
+        format!("D14: sector {sector} of the raw data file is {is}, the tables show {shows}")
+    })
 }
 
 /// As [`judge_sample`], for an image that may have an external data file; (phase, n) as there.
