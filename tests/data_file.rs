@@ -14,12 +14,12 @@ use judge::{Judge, Layout};
 use qcow2::error::{CorruptionKind, Error, ErrorCode};
 use qcow2::format::GuestOffset;
 use qcow2::image::{
-    BackingPolicy, CreateOptions, Image, MapKind, OpenOptions, Preallocation, ResizeOptions, ZeroFlags, create,
-    create_with_data_file, load_header,
+    BackingPolicy, CreateOptions, Image, MapKind, OpenOptions, Preallocation, ResizeOptions, WriteFlags, ZeroFlags,
+    create, create_with_data_file, load_header,
 };
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::{DiskImage, Rng};
-use qcow2::storage::{Blocking, Storage};
+use qcow2::storage::{Blocking, IoSrc, Storage};
 use qcow2::wait::block_on;
 
 #[derive(Debug, Clone, Copy)]
@@ -260,6 +260,22 @@ fn a_flat_array_and_qemu_in_between() {
         image.close().unwrap();
         disk.check_end(&dir);
     }
+}
+
+/// Compressed clusters have no place in an external data file.
+#[test]
+fn compressed_writes_are_refused_by_name() {
+    let Some(dir) = qemu::dir("data-file-compressed") else { return };
+    let path = dir.path("plain.qcow2");
+    create(Path::new(&path), 1 << 20, &options("data_file=plain.data"), false).unwrap();
+    let image = open(&path);
+    let flags = WriteFlags { compressed: true, ..WriteFlags::default() };
+    let error = image.write(&[IoSrc::from(&[1; 65536][..])], GuestOffset(0), flags).unwrap_err();
+    let named = matches!(&error, Error::Argument { name: "flags", why } if why.contains("external data file"));
+    assert!(named, "{error}");
+    let mut seen = [9; 512];
+    image.pread(&mut seen, 0).unwrap();
+    assert_eq!(seen, [0; 512]);
 }
 
 /// Storages of the caller that cannot punch: a raw data file gets its zeroes written.

@@ -7,6 +7,8 @@
 mod attempt;
 #[path = "hostile/damage.rs"]
 mod damage;
+#[path = "hostile/features.rs"]
+mod features;
 #[path = "hostile/fixture.rs"]
 mod fixture;
 #[path = "hostile/guarded.rs"]
@@ -143,6 +145,24 @@ fn extended_entries_with_a_snapshot_and_wide_refcounts() {
         snapshot: true,
         ..Recipe::default()
     });
+}
+
+#[test]
+fn bitmaps_and_an_external_data_file() {
+    for with_data_file in [false, true] {
+        let name = if with_data_file { "bitmaps-data-file" } else { "bitmaps" };
+        let Some(dir) = qemu::dir(&format!("hostile-{name}")) else { return };
+        let (fixture, data) = features::make(&dir, with_data_file);
+        let (started, mut tally) = (Instant::now(), Tally::default());
+        for site in features::sites(&fixture) {
+            for damage in damages(&fixture, &site) {
+                let case = || features::on_image(&fixture, data.as_deref(), &site, damage);
+                tally.run(|| format!("{site:?} {damage:?}"), case);
+            }
+        }
+        assert!(tally.outcomes.len() == 3, "{:?}", tally.outcomes);
+        tally.report(name, started);
+    }
 }
 
 #[test]

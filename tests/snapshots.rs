@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use judge::Judge;
 use qcow2::format::{GuestOffset, Header};
-use qcow2::image::{BackingPolicy, Image, OpenOptions, SnapshotFacts, WriteFlags, ZeroFlags};
+use qcow2::image::{
+    BackingPolicy, Image, OpenOptions, Preallocation, ResizeOptions, SnapshotFacts, WriteFlags, ZeroFlags,
+};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::{CrashBudget, DiskImage, Rng, Scheduler, SimDisk, SimIo};
 use qcow2::storage::{Blocking, IoSrc, Storage};
@@ -414,21 +416,52 @@ fn a_refcount_that_cannot_grow_is_refused_and_nothing_has_changed() {
     }
 }
 
+/// Changes the size of the disk in the header, and nothing else.
+fn change_size(path: &str, size: u64) {
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes[24..32].copy_from_slice(&size.to_be_bytes());
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// An image with a snapshot that has VM state. It lies past the end of the disk: behind the second L2 table of a disk
+/// that is 32 KiB. Returns the extra data of the snapshot.
+fn make_with_vm_state(path: &str) -> Vec<u8> {
+    qemu::img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "64k"]);
+    qemu::io(path, &["write -q -P 1 0 32k", "write -q -P 2 32k 10k"]);
+    qemu::img(&["snapshot", "-c", "vm", path]);
+    let extra = [&[10u64 << 10, 32 << 10, 123].map(u64::to_be_bytes).concat()[..], b"of a later version"].concat();
+    change_table(path, |snapshots| snapshots[0].extra = extra.clone());
+    change_size(path, 32 << 10);
+    qemu::check(path, false);
+    extra
+}
+
+/// A larger disk has data where VM state lies. It reads as zeroes there, and the snapshot keeps its VM state.
+#[test]
+fn a_disk_grows_over_vm_state_and_the_snapshot_keeps_it() {
+    let Some(dir) = qemu::dir("snapshot-vm-grows") else { return };
+    let path = dir.path("vm.qcow2");
+    make_with_vm_state(&path);
+    let image = open_image(&path, &[]);
+    for preallocation in [Preallocation::Off, Preallocation::Metadata, Preallocation::Full] {
+        image.snapshot_apply("vm").unwrap();
+        assert_eq!(image.size(), 32 << 10);
+        image.resize(64 << 10, ResizeOptions { allow_shrink: false, preallocation }, None).unwrap();
+        assert!(read_all(&image) == [vec![1; 32 << 10], vec![0; 32 << 10]].concat(), "{preallocation:?}");
+        image.pwrite(&[7; 9000], 30 << 10).unwrap();
+    }
+    image.snapshot_apply("vm").unwrap();
+    image.close().unwrap();
+    qemu::check(&path, false);
+    change_size(&path, 64 << 10);
+    qemu::io(&path, &["read -q -P 1 0 32k", "read -q -P 2 32k 10k"]);
+}
+
 #[test]
 fn vm_state_and_extra_data_of_others_stay_what_they_are() {
     let Some(dir) = qemu::dir("snapshot-vm-state") else { return };
     let path = dir.path("vm.qcow2");
-    // VM state lies past the end of the disk: the second L2 table of a disk that is 32 KiB.
-    qemu::img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", &path, "64k"]);
-    qemu::io(&path, &["write -q -P 1 0 32k", "write -q -P 2 32k 10k"]);
-    qemu::img(&["snapshot", "-c", "vm", &path]);
-    let extra = [&[10u64 << 10, 32 << 10, 123].map(u64::to_be_bytes).concat()[..], b"of a later version"].concat();
-    change_table(&path, |snapshots| snapshots[0].extra = extra.clone());
-    let mut bytes = std::fs::read(&path).unwrap();
-    bytes[24..32].copy_from_slice(&(32u64 << 10).to_be_bytes());
-    std::fs::write(&path, bytes).unwrap();
-    qemu::check(&path, false);
-
+    let extra = make_with_vm_state(&path);
     let image = open_image(&path, &[]);
     let listed = image.snapshots().unwrap().remove(0);
     assert_eq!((listed.vm_state_bytes(), listed.disk_bytes(), listed.icount()), (10 << 10, Some(32 << 10), Some(123)));
