@@ -19,6 +19,7 @@ mod interleave;
 mod interleave_operations;
 mod judge_self;
 mod known_holes;
+mod operation_crash;
 mod operation_faults;
 mod regress_tables;
 mod snapshot_crash;

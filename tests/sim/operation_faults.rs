@@ -27,7 +27,7 @@ fn open(disks: &[Arc<SimDisk>; 2], world: &World) -> Image {
     block_on(open_disks(&Blocking, disks, &world.start, 4 * world.start.cluster.min(4096))).unwrap()
 }
 
-fn write(image: &Image, world: &mut World, op: u64, (offset, length): (u64, u64), compressed: bool) {
+pub fn write(image: &Image, world: &mut World, op: u64, (offset, length): (u64, u64), compressed: bool) {
     let length = length.min(world.size.saturating_sub(offset));
     if length == 0 {
         return;
@@ -40,7 +40,7 @@ fn write(image: &Image, world: &mut World, op: u64, (offset, length): (u64, u64)
 }
 
 /// An image with bitmaps and a snapshot, as far as it can have them, and entries of all kinds.
-fn prepare(case: &Case, dir: &qemu::Dir) -> World {
+pub fn prepare(case: &Case, dir: &qemu::Dir) -> World {
     let start = case.make(dir);
     let mut world = World::new(&start);
     let disks = disks(&start);
