@@ -40,6 +40,47 @@ pub struct Corruption {
     pub value: u64,
 }
 
+/// A structure of the image that is not guest data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Structure {
+    /// The header.
+    Header,
+    /// The active L1 table.
+    L1Table,
+    /// An L2 table of the active state.
+    L2Table,
+    /// The refcount table.
+    RefcountTable,
+    /// A refcount block.
+    RefcountBlock,
+    /// The snapshot table.
+    SnapshotTable,
+    /// The L1 table of a snapshot.
+    InactiveL1Table,
+    /// An L2 table of a snapshot.
+    InactiveL2Table,
+    /// The bitmap directory, or a bitmap table.
+    Bitmaps,
+}
+
+impl Structure {
+    /// Its name, for error texts.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Header => "the header",
+            Self::L1Table => "the L1 table",
+            Self::L2Table => "an L2 table",
+            Self::RefcountTable => "the refcount table",
+            Self::RefcountBlock => "a refcount block",
+            Self::SnapshotTable => "the snapshot table",
+            Self::InactiveL1Table => "the L1 table of a snapshot",
+            Self::InactiveL2Table => "an L2 table of a snapshot",
+            Self::Bitmaps => "the bitmap directory or a bitmap table",
+        }
+    }
+}
+
 /// The kinds of corruption that the engine can meet after the header has been accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -59,7 +100,7 @@ pub enum CorruptionKind {
     /// An L2 entry says COPIED without a host cluster.
     CopiedWithoutCluster,
     /// A write to a cluster that the header, the L1, refcount or snapshot table occupies.
-    ClusterInMetadata,
+    ClusterInMetadata(Structure),
     /// The zero flag is set in a version 2 image.
     ZeroFlagInV2,
     /// A compressed cluster is marked COPIED.
@@ -86,9 +127,23 @@ pub enum CorruptionKind {
     ReferencedCountedFree,
     /// The allocator found a cluster counted as free that the header, the L1 table or the refcount structures occupy.
     MetadataCountedFree,
+    /// A cluster is to be written to as if it were free, and this structure occupies it.
+    StructureCountedFree(Structure),
+    /// An L2 table is to be changed in a cluster that this structure occupies.
+    TableInStructure(Structure),
 }
 
 impl CorruptionKind {
+    /// The structure that would have been overwritten, where that is known.
+    pub fn structure(self) -> Option<Structure> {
+        match self {
+            Self::ClusterInMetadata(structure)
+            | Self::StructureCountedFree(structure)
+            | Self::TableInStructure(structure) => Some(structure),
+            _ => None,
+        }
+    }
+
     /// What the kind means, for error texts.
     pub fn describe(self) -> &'static str {
         match self {
@@ -99,7 +154,7 @@ impl CorruptionKind {
             Self::L2EntryReservedBits => "L2 entry has reserved bits set",
             Self::ClusterUnaligned => "L2 entry has a host offset that is not aligned to a cluster",
             Self::CopiedWithoutCluster => "L2 entry has the COPIED flag and no host cluster",
-            Self::ClusterInMetadata => "L2 entry has data written to a cluster that metadata occupies",
+            Self::ClusterInMetadata(_) => "L2 entry has data written to a cluster that metadata occupies",
             Self::ZeroFlagInV2 => "L2 entry has the zero flag in a version 2 image",
             Self::CompressedCopied => "L2 entry of a compressed cluster has the COPIED flag",
             Self::SubclusterAllocAndZero => "L2 bitmap marks a subcluster both allocated and zero",
@@ -118,7 +173,10 @@ impl CorruptionKind {
             Self::RefcountBlockBeyondEof => "refcount table entry points to a block past the end of the file",
             Self::RefcountUnderflow => "cluster has more references than its refcount says",
             Self::ReferencedCountedFree => "cluster that an entry refers to is counted as free",
-            Self::MetadataCountedFree => "cluster that holds metadata is counted as free",
+            Self::MetadataCountedFree | Self::StructureCountedFree(_) => {
+                "cluster that holds metadata is counted as free"
+            }
+            Self::TableInStructure(_) => "L1 entry has an L2 table changed in a cluster that other metadata occupies",
         }
     }
 }
@@ -516,8 +574,10 @@ impl fmt::Display for Corruption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "image is corrupt: {} (0x{:x} at host offset 0x{:x}",
+            "image is corrupt: {}{}{} (0x{:x} at host offset 0x{:x}",
             self.kind.describe(),
+            if self.kind.structure().is_some() { ": " } else { "" },
+            self.kind.structure().map_or("", Structure::name),
             self.value,
             self.host_offset
         )?;

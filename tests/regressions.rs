@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use qcow2::error::{CorruptionKind, Error};
+use qcow2::error::{CorruptionKind, Error, Structure};
 use qcow2::image::{CreateOptions, Image, OpenOptions};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::{Blocking, Storage};
@@ -76,17 +76,18 @@ fn guest_writes_do_not_reach_the_header_and_the_tables() {
     let bytes = sample();
     let table = word(&bytes, word(&bytes, 40)) & !(1 << 63);
     for copied in [1 << 63, 0] {
-        for target in [word(&bytes, 40), word(&bytes, 48)] {
+        for (at, structure) in [(40, Structure::L1Table), (48, Structure::RefcountTable)] {
+            let target = word(&bytes, at);
             let (storage, image) = damaged(bytes.clone(), table, target | copied);
             let before = storage.snapshot();
-            found(image.pwrite(&[7; 512], 0), CorruptionKind::ClusterInMetadata, table, &storage);
+            found(image.pwrite(&[7; 512], 0), CorruptionKind::ClusterInMetadata(structure), table, &storage);
             drop(image);
             assert!(storage.snapshot()[80..] == before[80..], "more than the corrupt bit was written");
         }
     }
     // A compressed cluster in the header.
     let (storage, image) = damaged(bytes, table, 1 << 62 | 512);
-    found(image.pwrite(&[7; 4096], 0), CorruptionKind::ClusterInMetadata, table, &storage);
+    found(image.pwrite(&[7; 4096], 0), CorruptionKind::ClusterInMetadata(Structure::Header), table, &storage);
 }
 
 /// A file that had lost its end: a repair took COPIED away from entries that pointed past it, because nothing counts

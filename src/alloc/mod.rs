@@ -113,7 +113,8 @@ impl Allocator {
             match tables.refcounts.with(|state| find::take(state, left))? {
                 Ok(run) => {
                     left -= run.end - run.start;
-                    reservation.runs.push(run);
+                    reservation.runs.push(run.clone());
+                    tables.check_unused(run)?;
                 }
                 Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
             }
@@ -132,7 +133,8 @@ impl Allocator {
                 Ok(run) => {
                     left -= run.end - run.start;
                     from = HostCluster(run.end);
-                    reservation.runs.push(run);
+                    reservation.runs.push(run.clone());
+                    tables.check_unused(run)?;
                 }
                 Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
             }
@@ -151,7 +153,9 @@ impl Allocator {
             })?;
             match taken {
                 Ok(run) if run.end - run.start == count => {
-                    return Ok(Reservation { refcounts: &tables.refcounts, runs: vec![run] });
+                    let reservation = Reservation { refcounts: &tables.refcounts, runs: vec![run.clone()] };
+                    tables.check_unused(run)?;
+                    return Ok(reservation);
                 }
                 Ok(run) => too_short.runs.push(run),
                 Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
@@ -176,7 +180,9 @@ impl Allocator {
                     Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
                 }
             };
-            reservation.runs.push(Host::Compressed(extent).clusters(tables.geometry));
+            let clusters = Host::Compressed(extent).clusters(tables.geometry);
+            reservation.runs.push(clusters.clone());
+            tables.check_unused(clusters)?;
             extents.push(extent);
         }
         Ok((reservation, extents))

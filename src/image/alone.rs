@@ -96,6 +96,7 @@ impl Image {
         // From here on dropping it, at whatever point, lets everybody in again.
         let alone = Alone { image: self, _clusters: clusters, _entries: entries };
         self.status.set(ALONE);
+        self.forget_inactive();
         self.allocator.transfers.passed(self.allocator.transfers.removed_at()).await;
         self.status.check_write()?;
         alone.flush(io).await?;

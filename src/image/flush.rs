@@ -85,6 +85,7 @@ impl Image {
         if before & (CLOSED | READ_ONLY) != 0 || untouched {
             return Ok(()); // nothing was written through this handle
         }
+        self.forget_inactive(); // bitmaps are about to be stored
         if before & POISONED != 0 {
             self.status.clear(CLOSED);
             let refusal = self.status.check_write();

@@ -15,6 +15,7 @@ mod data_file;
 mod detect;
 mod flush;
 mod holes;
+mod inactive;
 pub mod info;
 mod link;
 pub mod load;

@@ -12,10 +12,10 @@ use super::check::repair_dirty;
 use super::data_file::{self, DataSource};
 use super::load::load_header;
 use super::options::{
-    BackingFormat, DetectZeroes, Discard, Locking, LogLevel, MissingFormat, OpenOptions, not_acceptable,
+    BackingFormat, DetectZeroes, Discard, Locking, LogLevel, MissingFormat, OpenOptions, OverlapCheck, not_acceptable,
 };
 use super::snapshot::{OpenedSnapshots, root_named};
-use super::status::{CORRUPT, Counters, INSPECT, READ_ONLY, RECORDING, Status, UNMARKED, UNTOUCHED};
+use super::status::{CORRUPT, Counters, INSPECT, READ_ONLY, RECORDING, Status, UNLISTED, UNMARKED, UNTOUCHED};
 use crate::alloc::Allocator;
 use crate::codec;
 use crate::error::{Error, Result};
@@ -100,6 +100,9 @@ impl Image {
         };
         if !read_only && header.autoclear & AUTOCLEAR_BITMAPS != 0 {
             bits |= RECORDING | UNMARKED;
+        }
+        if !read_only && options.overlap_check >= OverlapCheck::Cached {
+            bits |= UNLISTED;
         }
         let layers = if options.inspect {
             Vec::new()
@@ -380,6 +383,9 @@ async fn load_tables<I: Io>(io: &I, chain: Vec<Accepted>, options: &OpenOptions)
                     (Err(e), true) => return Err(e),
                     (Err(e), false) => return Err(Error::Backing { name, source: Box::new(e) }),
                 };
+                if layers.is_empty() {
+                    tables.set_overlap_check(options.overlap_check, &header);
+                }
                 tables.external = data.map(|data| {
                     let file = HostFile::new(data.storage).without_flush(options.cache.no_flush);
                     ExternalData { file, is_raw: data.is_raw }

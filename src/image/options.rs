@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::format::header::BACKING_NAME_MAX;
 use crate::format::{Compression, Geometry};
 use crate::storage::Storage;
+pub use crate::tables::overlap::OverlapCheck;
 
 /// How important a log line is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -174,6 +175,8 @@ pub struct OpenOptions {
     pub discard: Discard,
     /// What becomes of zeroes that are written as data.
     pub detect_zeroes: DetectZeroes,
+    /// What writes are checked against.
+    pub overlap_check: OverlapCheck,
     /// Bytes of L2 tables kept in memory.
     pub l2_cache_size: u64,
     /// Bytes of refcount blocks kept in memory.
@@ -206,6 +209,7 @@ impl Default for OpenOptions {
             cache: Cache::default(),
             discard: Discard::default(),
             detect_zeroes: DetectZeroes::default(),
+            overlap_check: OverlapCheck::default(),
             l2_cache_size: 32 << 20,
             refcount_cache_size: 8 << 20,
             check_memory: MEMORY_BYTES_DEFAULT,
@@ -232,6 +236,7 @@ impl fmt::Debug for OpenOptions {
             .field("cache", &self.cache)
             .field("discard", &self.discard)
             .field("detect_zeroes", &self.detect_zeroes)
+            .field("overlap_check", &self.overlap_check)
             .field("l2_cache_size", &self.l2_cache_size)
             .field("refcount_cache_size", &self.refcount_cache_size)
             .field("check_memory", &self.check_memory)
@@ -306,6 +311,10 @@ impl OpenOptions {
                     _ => return not_acceptable(key, value, "off, on or unmap"),
                 }
             }
+            "overlap_check" => match OverlapCheck::from_name(value) {
+                Some(check) => self.overlap_check = check,
+                None => return not_acceptable(key, value, "none, constant, cached or all"),
+            },
             "data_file" => {
                 check_stored_name(key, value)?;
                 self.data_file = Some(value.to_owned());
@@ -634,6 +643,8 @@ pub const OPTIONS: &[OptionInfo] = &[
         "whether discards and freed clusters give space back"),
     for_open("detect_zeroes", OptionKind::Choice(&["off", "on", "unmap"]), "off",
         "make zero entries of zeroes that are written as data; unmap: and let go of their host clusters"),
+    for_open("overlap_check", OptionKind::Choice(&["none", "constant", "cached", "all"]), "constant",
+        "refuse to write over: nothing, header and main tables, L2 tables and refcount blocks too, snapshots and bitmaps too"),
     OptionInfo { key: "data_file", kind: OptionKind::Text, default: "", open: true, create: true, resize: false,
         help: "external data file: its name as stored (create), or the path to use instead of the stored one (open)" },
     for_create("data_file_raw", OptionKind::Bool, "off", "keep the external data file valid as a raw image by itself"),
@@ -701,95 +712,4 @@ fn parse_cache_size(key: &str, value: &str) -> Result<u64> {
 const CACHE_SIZE_MAX: u64 = 1 << 40;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Values that each option of the table takes, and some that none takes.
-    fn examples(info: &OptionInfo) -> Vec<&'static str> {
-        match info.kind {
-            OptionKind::Bool => vec!["on", "off", "true", "false"],
-            OptionKind::Size => vec!["64k", "65536", "1M"],
-            OptionKind::Number => vec!["0", "17"],
-            OptionKind::Text => vec!["base.qcow2"],
-            OptionKind::Choice(list) => list.to_vec(),
-        }
-    }
-
-    #[test]
-    fn the_table_describes_what_the_setters_do() {
-        for info in OPTIONS {
-            let mut values = examples(info);
-            values.extend((!info.default.is_empty()).then_some(info.default));
-            for value in values {
-                let (open, create) =
-                    (OpenOptions::default().set(info.key, value), CreateOptions::default().set(info.key, value));
-                assert_eq!((open.is_ok(), create.is_ok()), (info.open, info.create), "{}={value}", info.key);
-            }
-            for value in ["", "maybe", "-1", "1.5", "64kk", "99999999999999999999", "18446744073709551615T", "ON"] {
-                if info.kind == OptionKind::Text && !value.is_empty() {
-                    continue;
-                }
-                let result = if info.open {
-                    OpenOptions::default().set(info.key, value)
-                } else {
-                    CreateOptions::default().set(info.key, value)
-                };
-                let Err(Error::OptionValue { key, value: named, .. }) = result else {
-                    panic!("{}={value}: {result:?}", info.key)
-                };
-                assert_eq!((key.as_str(), named.as_str()), (info.key, value));
-            }
-        }
-    }
-
-    #[test]
-    fn setting_the_default_changes_nothing() {
-        let (mut open, mut create) = (OpenOptions::default(), CreateOptions::default());
-        for info in OPTIONS.iter().filter(|o| !o.default.is_empty()) {
-            if info.open {
-                open.set(info.key, info.default).unwrap();
-            } else {
-                create.set(info.key, info.default).unwrap();
-            }
-        }
-        assert_eq!(format!("{open:?}"), format!("{:?}", OpenOptions::default()));
-        assert_eq!(create, CreateOptions::default());
-    }
-
-    #[test]
-    fn unknown_keys_are_named() {
-        let text = |r: Result<()>| r.unwrap_err().to_string();
-        assert_eq!(text(OpenOptions::default().set("readonly", "on")), "unknown option 'readonly'");
-        assert!(text(OpenOptions::default().set("cluster_size", "64k")).contains("cluster_size (it is for creating"));
-        assert!(text(CreateOptions::default().set("backing", "any")).contains("backing (it is for opening"));
-    }
-
-    #[test]
-    fn what_does_not_go_together_is_named() {
-        let cases: [(&[(&str, &str)], &str); 9] = [
-            (&[("extended_l2", "on"), ("cluster_size", "8k")], "cluster_size"),
-            (&[("extended_l2", "on"), ("compat", "v2")], "extended_l2"),
-            (&[("lazy_refcounts", "on"), ("compat", "0.10")], "lazy_refcounts"),
-            (&[("refcount_bits", "8"), ("compat", "0.10")], "refcount_bits"),
-            (&[("compression_type", "zstd"), ("compat", "0.10")], "compression_type"),
-            (&[("backing_file", "b")], "backing_fmt"),
-            (&[("backing_fmt", "raw")], "backing_fmt"),
-            (&[("backing_file", "b"), ("backing_fmt", "raw"), ("preallocation", "falloc")], "preallocation"),
-            (&[], ""),
-        ];
-        for (settings, culprit) in cases {
-            let mut options = CreateOptions::default();
-            for (key, value) in settings {
-                options.set(key, value).unwrap();
-            }
-            match options.geometry() {
-                Err(Error::OptionValue { key, .. }) => assert_eq!(key, culprit),
-                other => assert!(culprit.is_empty() && other.is_ok(), "{settings:?}: {other:?}"),
-            }
-        }
-        let values = CreateOptions { cluster_size_bytes: 1000, ..Default::default() };
-        assert!(matches!(values.geometry(), Err(Error::OptionValue { key, .. }) if key == "cluster_size"));
-        let values = CreateOptions { refcount_bits: 3, ..Default::default() };
-        assert!(matches!(values.geometry(), Err(Error::OptionValue { key, .. }) if key == "refcount_bits"));
-    }
-}
+mod tests;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::Image;
-use super::status::{CORRUPT, READ_ONLY, UNTOUCHED};
+use super::status::{CORRUPT, READ_ONLY, UNLISTED, UNTOUCHED};
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::header::{AUTOCLEAR_KNOWN, INCOMPATIBLE_CORRUPT, OFFSET_AUTOCLEAR, OFFSET_INCOMPATIBLE};
 use crate::format::l2::encode_l1;
@@ -19,6 +19,9 @@ impl Image {
     #[cold]
     pub(super) async fn prepare_write<I: Io>(&self, io: &I) -> Result<()> {
         self.status.check_write()?;
+        if self.status.any(UNLISTED) {
+            self.list_inactive(io).await?;
+        }
         let _only_one = self.header_claims.claim(0..1).await;
         self.status.check_write()?;
         if self.status.any(UNTOUCHED) {
@@ -39,7 +42,7 @@ impl Image {
     pub(super) async fn own_l2_table<I: Io>(&self, io: &I, index: L1Index) -> Result<()> {
         let tables = self.active();
         if tables.table(index)?.1 {
-            return Ok(());
+            return tables.check_table(index);
         }
         let _claim = self.table_claims.claim(index.0..index.0 + 1).await;
         let (old, ours) = tables.table(index)?;

@@ -26,6 +26,9 @@ pub const RECORDING: u32 = 128;
 /// Enabled bitmaps have to be marked in use before the next change.
 pub const UNMARKED: u32 = 256;
 
+/// Metadata that only the file tells of has to be listed before the next change (see `inactive`).
+pub const UNLISTED: u32 = 512;
+
 /// State of a handle.
 pub struct Status {
     bits: AtomicU32,
@@ -77,9 +80,10 @@ impl Status {
         if self.any(CLOSED) { Err(self.refusal()) } else { Ok(()) }
     }
 
-    /// Refuses writes where they cannot be. [`UNTOUCHED`], [`ALONE`] and what bitmaps need are no refusals.
+    /// Refuses writes where they cannot be. [`UNTOUCHED`], [`ALONE`], [`UNLISTED`] and what bitmaps need are no
+    /// refusals.
     pub fn check_write(&self) -> Result<()> {
-        if self.any(!(UNTOUCHED | ALONE | RECORDING | UNMARKED)) { Err(self.refusal()) } else { Ok(()) }
+        if self.any(!(UNTOUCHED | ALONE | RECORDING | UNMARKED | UNLISTED)) { Err(self.refusal()) } else { Ok(()) }
     }
 
     #[cold]

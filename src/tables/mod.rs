@@ -6,6 +6,7 @@ pub mod file;
 pub mod l1;
 pub mod l2;
 pub mod order;
+pub mod overlap;
 pub mod refcounts;
 pub mod snapshots;
 
@@ -27,6 +28,7 @@ use file::HostFile;
 use l1::L1Table;
 use l2::{L2Slices, SliceView};
 use order::Order;
+use overlap::Overlap;
 use refcounts::Refcounts;
 
 /// A big-endian word of a table; `bytes` are eight.
@@ -61,6 +63,7 @@ pub struct Tables {
     slice_loads: Claims,
     size_bytes: AtomicU64,
     metadata: [ClusterRange; 4], // host clusters that no L1 or L2 entry may point to; see is_metadata
+    overlap: Overlap,
 }
 
 /// A range of host clusters that changes only while somebody holds the image alone.
@@ -115,6 +118,7 @@ impl Tables {
             slice_loads: Claims::default(),
             size_bytes: AtomicU64::new(header.size_bytes),
             metadata: Default::default(),
+            overlap: Overlap::default(),
             file,
             external: None,
             l1,
@@ -127,12 +131,6 @@ impl Tables {
     #[inline]
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes.load(Ordering::Acquire)
-    }
-
-    fn note_metadata(&self, header: &Header) {
-        for (range, clusters) in self.metadata.iter().zip(metadata_clusters(header)) {
-            range.set(&clusters);
-        }
     }
 
     /// Follows a header that has been written: another size, L1 table or snapshot table. With `l1_entries`, the L1
@@ -173,7 +171,7 @@ impl Tables {
             return is_plain.then_some(HostOffset(offset.0));
         }
         let host = entry.plain_host(geometry, touched, in_place)?;
-        if in_place && self.is_metadata(geometry.host_cluster(host)) {
+        if in_place && self.metadata_in(geometry.host_cluster(host)).is_some() {
             return None;
         }
         Some(host.plus(start))
@@ -211,16 +209,14 @@ impl Tables {
     /// header or the tables, wherever a damaged entry points.
     #[inline]
     fn is_ours(&self, state: &ClusterState) -> bool {
-        let reaches_tables = |cluster| self.external.is_none() && self.is_metadata(cluster);
+        let reaches_tables = |cluster| self.external.is_none() && self.metadata_in(cluster).is_some();
         matches!(state.host, Host::Cluster { cluster, copied: true } if !reaches_tables(cluster))
     }
 
-    /// Whether a cluster is the header's, the L1, refcount or snapshot table's. Once the refcount table has moved, its
-    /// old clusters are no longer, and the new ones are not known here.
+    /// Whether a cluster is the header's, the L1, refcount or snapshot table's.
     #[inline]
     pub fn is_metadata(&self, cluster: HostCluster) -> bool {
-        let found = self.metadata.iter().position(|range| range.contains(cluster.0));
-        found.is_some_and(|index| index < 3 || !self.refcounts.has_moved())
+        self.constant_in(cluster).is_some()
     }
 
     /// Whether one of these clusters is the header's, the L1, refcount or snapshot table's.
@@ -289,9 +285,9 @@ impl Tables {
             self.decode(entry, offset).map_err(|kind| self.corrupt_entry(kind, offset, entry.descriptor))?;
         // Not only where it would be overwritten: what a write replaces is released, and perhaps punched.
         if self.external.is_none()
-            && state.host.clusters(self.geometry).any(|cluster| self.is_metadata(HostCluster(cluster)))
+            && let Some(structure) = state.host.clusters(self.geometry).find_map(|c| self.metadata_in(HostCluster(c)))
         {
-            return Err(self.corrupt_entry(CorruptionKind::ClusterInMetadata, offset, entry.descriptor));
+            return Err(self.corrupt_entry(CorruptionKind::ClusterInMetadata(structure), offset, entry.descriptor));
         }
         if let Host::Cluster { copied, .. } = &mut state.host {
             *copied &= ours;

@@ -92,6 +92,7 @@ impl<'a> Pass<'a> {
     /// Steps up to the second barrier.
     async fn write<I: Io>(&self, io: &I) -> Result<()> {
         let Tables { file, refcounts, l1, geometry, .. } = self.tables;
+        self.tables.check_blocks(&self.refcounts)?;
         refcounts.write_blocks(io, file, &self.refcounts).await?;
         if self.has_entries() {
             self.tables.external_barrier(io).await?;
@@ -106,7 +107,9 @@ impl<'a> Pass<'a> {
             self.tables.barrier(io).await?;
         }
         for (first, bytes) in self.slices.runs(*geometry) {
-            let (table, _) = self.tables.table(geometry.l1_index_of_slice(first))?;
+            let index = geometry.l1_index_of_slice(first);
+            self.tables.check_table(index)?;
+            let (table, _) = self.tables.table(index)?;
             file.write_bytes(io, bytes, table.plus(geometry.slice_offset_in_table(first))).await?;
         }
         l1.write(io, file, &self.l1).await

@@ -92,6 +92,11 @@ impl DirtyRefcounts {
         self.blocks.is_empty() && !self.publishes()
     }
 
+    /// Index and place of each block.
+    pub fn places(&self) -> impl Iterator<Item = (u64, HostOffset)> {
+        self.blocks.iter().map(|(index, at, _, _)| (*index, *at))
+    }
+
     /// Whether blocks, or the table itself, have to be made reachable.
     pub fn publishes(&self) -> bool {
         !self.table.is_empty() || self.moved.is_some()
@@ -312,6 +317,12 @@ impl RefcountState {
         tables.chain(blocks.filter(|&block| block >= end.0)).min().map(HostCluster)
     }
 
+    /// Index of the first block that lies in a cluster, if the table is loaded and one does.
+    pub fn block_in(&self, cluster: HostCluster) -> Option<u64> {
+        let at = self.geometry.host_offset(cluster).0;
+        self.table.iter().position(|&entry| entry == at && at != 0).map(|index| index as u64)
+    }
+
     /// Whether blocks, or the table, wait for being written.
     pub fn waits_for_write(&self) -> bool {
         self.dirty_blocks() > 0 || !self.dirty_sectors.is_empty() || self.moved
@@ -444,7 +455,8 @@ impl Refcounts {
         }
     }
 
-    async fn load_table<I: Io>(&self, io: &I, file: &HostFile) -> Result<()> {
+    /// Loads the refcount table, if that has not been done.
+    pub async fn load_table<I: Io>(&self, io: &I, file: &HostFile) -> Result<()> {
         let _loading = self.loads.claim_all().await;
         let (loaded, offset, bytes) =
             self.with(|s| (s.loaded, s.table_offset, s.table_clusters * s.geometry.cluster_size_bytes()));

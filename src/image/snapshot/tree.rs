@@ -104,12 +104,10 @@ impl Tree {
         };
         let mut clusters =
             l2_table::references(&bytes, geometry).map_err(|bad| entry_error(bad.kind, bad.index, bad.descriptor))?;
-        if let Some(&cluster) = clusters.iter().find(|&&cluster| tables.is_metadata(HostCluster(cluster))) {
-            return Err(entry_error(
-                CorruptionKind::ClusterInMetadata,
-                0,
-                geometry.host_offset(HostCluster(cluster)).0,
-            ));
+        let in_metadata = |&cluster: &u64| Some((cluster, tables.constant_in(HostCluster(cluster))?));
+        if let Some((cluster, structure)) = clusters.iter().find_map(in_metadata) {
+            let value = geometry.host_offset(HostCluster(cluster)).0;
+            return Err(entry_error(CorruptionKind::ClusterInMetadata(structure), 0, value));
         }
         let own = geometry.host_cluster(at).0;
         let place = clusters.partition_point(|&cluster| cluster < own);
