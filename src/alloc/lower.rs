@@ -120,6 +120,7 @@ async fn punch_freed<I: Io>(io: &I, tables: &Tables, parts: impl Iterator<Item =
             for freed in freed {
                 // An entry that pointed there was wrong; what it pointed to is needed.
                 tables.refcounts.with(|state| find::check_free(state, freed.clone()))?;
+                tables.check_unused(freed.clone())?;
                 if run.end != freed.start {
                     punch(io, tables, &run).await;
                     run = freed.start..freed.start;
