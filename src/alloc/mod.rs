@@ -21,7 +21,7 @@ use crate::format::l2::CompressedExtent;
 use crate::format::{GuestCluster, Host, HostCluster, HostOffset};
 use crate::storage::Io;
 use crate::tables::Tables;
-use crate::tables::refcounts::Refcounts;
+use crate::tables::refcounts::{Need, RefcountState, Refcounts};
 use crate::wait::lock;
 
 use epoch::Epochs;
@@ -64,12 +64,13 @@ pub struct Allocator {
 pub struct Reservation<'a> {
     refcounts: &'a Refcounts,
     runs: Vec<Range<u64>>,
+    is_fresh: bool,
 }
 
 impl<'a> Reservation<'a> {
     /// Of no clusters.
     pub fn none(tables: &'a Tables) -> Self {
-        Self { refcounts: &tables.refcounts, runs: Vec::new() }
+        Self { refcounts: &tables.refcounts, runs: Vec::new(), is_fresh: false }
     }
 
     /// The clusters, in order.
@@ -80,6 +81,11 @@ impl<'a> Reservation<'a> {
     /// The runs of clusters, in order.
     pub fn runs(&self) -> &[Range<u64>] {
         &self.runs
+    }
+
+    /// Whether all of the clusters are known to have never been written: they read as zeroes, after a crash as well.
+    pub fn is_fresh(&self) -> bool {
+        self.is_fresh
     }
 
     /// The tables refer to the clusters now: nothing is given back.
@@ -104,15 +110,29 @@ impl Drop for Reservation<'_> {
     }
 }
 
+/// As [`find::take`], and whether the run is fresh.
+fn take_noting(state: &mut RefcountState, want: u64) -> Result<std::result::Result<(Range<u64>, bool), Need>> {
+    Ok(find::take(state, want)?.map(|run| {
+        let is_fresh = state.is_fresh(&run);
+        (run, is_fresh)
+    }))
+}
+
 impl Allocator {
     /// Reserves `count` clusters, contiguous where that can be.
     pub async fn reserve<'a, I: Io>(&self, io: &I, tables: &'a Tables, count: u64) -> Result<Reservation<'a>> {
         let mut reservation = Reservation::none(tables);
+        if tables.refcounts.with(|state| state.wants_end_of_file()) {
+            let end = tables.file.size_bytes()?.div_ceil(tables.geometry.cluster_size_bytes());
+            tables.refcounts.with(|state| state.note_end_of_file(end));
+        }
+        reservation.is_fresh = true;
         let mut left = count;
         while left > 0 {
-            match tables.refcounts.with(|state| find::take(state, left))? {
-                Ok(run) => {
+            match tables.refcounts.with(|state| take_noting(state, left))? {
+                Ok((run, is_fresh)) => {
                     left -= run.end - run.start;
+                    reservation.is_fresh &= is_fresh;
                     reservation.runs.push(run.clone());
                     tables.check_unused(run)?;
                 }
@@ -153,7 +173,8 @@ impl Allocator {
             })?;
             match taken {
                 Ok(run) if run.end - run.start == count => {
-                    let reservation = Reservation { refcounts: &tables.refcounts, runs: vec![run.clone()] };
+                    let reservation =
+                        Reservation { refcounts: &tables.refcounts, runs: vec![run.clone()], is_fresh: false };
                     tables.check_unused(run)?;
                     return Ok(reservation);
                 }

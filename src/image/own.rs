@@ -13,6 +13,10 @@ use crate::image::options::LogLevel;
 use crate::storage::{Io, IoDst};
 use crate::wait::lock;
 
+/// How much of the end of a table is written where only the file has to become long enough: what no storage does in
+/// more than one piece, and none has to read before.
+const END_BYTES: u64 = 4096;
+
 impl Image {
     /// Lets a write through, or says why not. The first write of a handle clears the autoclear bits that it does not
     /// know: they vouch for structures that nobody keeps up to date now (spec, "autoclear_features").
@@ -51,12 +55,17 @@ impl Image {
         }
         let reservation = self.allocator.reserve(io, tables, 1).await?;
         let Some(cluster) = reservation.clusters().next() else { unreachable!("one was asked for") };
-        let mut table = vec![0u8; tables.geometry.cluster_size_bytes() as usize];
-        if old != HostOffset(0) {
-            self.read_shared_table(io, index, old, &mut table).await?;
-        }
         let new = tables.geometry.host_offset(cluster);
-        tables.file.write_bytes(io, &table, new).await?;
+        let size = tables.geometry.cluster_size_bytes();
+        if old != HostOffset(0) {
+            let mut table = vec![0u8; size as usize];
+            self.read_shared_table(io, index, old, &mut table).await?;
+            tables.file.write_bytes(io, &table, new).await?;
+        } else {
+            // What has never been written is a table of zeroes already; but it has to lie inside the file.
+            let written = if reservation.is_fresh() { size.min(END_BYTES) } else { size };
+            tables.file.write_bytes(io, &vec![0; written as usize], new.plus(size - written)).await?;
+        }
         tables.replace_table(index, encode_l1(new)).await;
         let change = tables.order.number_change();
         reservation.keep();

@@ -58,6 +58,9 @@ pub struct RefcountState {
     fixed: Vec<Range<u64>>, // clusters of header, L1 and snapshot table
     /// A cluster has become free through this handle.
     pub has_freed: bool,
+    /// What is free from this cluster on has never been written: it lies past the end of the file as it was found, and
+    /// past all that was freed since. None: nobody has looked at the end of the file yet.
+    fresh_from: Option<u64>,
     /// Runs of clusters whose refcounts are to be lowered as soon as their blocks are at hand.
     pub give_back: Vec<Range<u64>>,
     /// No cluster below this one is free.
@@ -191,11 +194,35 @@ impl RefcountState {
             Err(need) => return Ok(Err(need)),
         };
         if count == 1 {
-            self.has_freed = true;
-            self.hint = self.hint.min(cluster);
-            self.run_hint = self.run_hint.min(cluster);
+            self.note_freed(cluster);
         }
         Ok(self.set(cluster, count - 1))
+    }
+
+    fn note_freed(&mut self, cluster: HostCluster) {
+        self.has_freed = true;
+        self.hint = self.hint.min(cluster);
+        self.run_hint = self.run_hint.min(cluster);
+        self.not_fresh(cluster);
+    }
+
+    fn not_fresh(&mut self, cluster: HostCluster) {
+        self.fresh_from = self.fresh_from.map(|from| from.max(cluster.0 + 1));
+    }
+
+    /// Whether the end of the file has to be told before anything is known to be fresh.
+    pub fn wants_end_of_file(&self) -> bool {
+        self.fresh_from.is_none()
+    }
+
+    /// The file, `clusters` long, ends here: behind that, everything reads as zeroes.
+    pub fn note_end_of_file(&mut self, clusters: u64) {
+        self.fresh_from.get_or_insert(clusters); // the first word counts: clusters may have been freed since
+    }
+
+    /// Whether clusters that are free, or have just been handed out, have never been written.
+    pub fn is_fresh(&self, clusters: &Range<u64>) -> bool {
+        self.fresh_from.is_some_and(|from| from <= clusters.start)
     }
 
     /// Lowers the refcounts of clusters that one block counts by `times`. Returns how many of them were lowered: all
@@ -211,9 +238,7 @@ impl RefcountState {
                 return (cluster - clusters.start, Err(underflow));
             };
             if left == 0 {
-                self.has_freed = true;
-                self.hint = self.hint.min(HostCluster(cluster));
-                self.run_hint = self.run_hint.min(HostCluster(cluster));
+                self.note_freed(HostCluster(cluster));
             }
             if let Err(need) = self.set(HostCluster(cluster), left) {
                 return (cluster - clusters.start, Ok(Err(need)));
@@ -300,11 +325,13 @@ impl RefcountState {
     /// Drops block `index`, which counts its own cluster and nothing else: that is free once the table says so on disk.
     /// Only where nobody can be given a cluster before.
     pub fn drop_block(&mut self, index: u64) {
+        let place = self.block_place(index);
         self.table[index as usize] = 0;
         self.dirty_sectors.insert(index / 64);
         self.blocks.remove(&index);
         let start = self.block_start(index);
         (self.hint, self.run_hint) = (self.hint.min(start), self.run_hint.min(start));
+        self.not_fresh(place);
     }
 
     /// The first cluster from `end` on that is known to hold a table, a block or the header.
@@ -419,6 +446,7 @@ impl Refcounts {
             clock: 0,
             fixed: fixed_clusters(header, l1),
             has_freed: false,
+            fresh_from: None,
             give_back: Vec::new(),
             hint: HostCluster(0),
             run_hint: HostCluster(0),
