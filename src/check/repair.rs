@@ -66,6 +66,12 @@ impl<I: Io> Checker<'_, '_, I> {
                 break;
             }
         }
+        if everything && !now.is_sound() {
+            // As whoever looks next sees it: entries that a repair would have dropped, and could not, refer to something.
+            self.options.repair = Repair::Nothing;
+            self.look().await?;
+            now = self.result();
+        }
         let left = self.sum.corruptions - self.sum.copied_wrong;
         now.corruptions_fixed = (first.corruptions - first.copied_wrong).saturating_sub(left) + copied;
         now.leaks_fixed = first.leaks.saturating_sub(self.sum.leaks);

@@ -10,6 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use crate::judge::Judge;
+use crate::number;
 use crate::stage::{
     Case, Guest, Start, cases, data_file_cases, disks, judge_durable, judge_files, open, open_disks, pattern,
     reopen_files,
@@ -149,6 +150,8 @@ fn group(rng: &mut Rng, start: &Start, size: u64) -> Vec<Step> {
             }
             0 if rng.one_in(4) => match cut(start.last_table()) {
                 (_, 0) => continue,
+                // As below.
+                (offset, length) if !length.is_multiple_of(start.cluster) && offset + length != size => continue,
                 (offset, length) if rng.one_in(2) => Step::Discard { offset, length },
                 (offset, length) => Step::Zero { offset, length, unmap: rng.one_in(2), as_data: false },
             },
@@ -268,6 +271,9 @@ fn run_script(start: &Start, seed: u64, tally: Tally, share: &Share<'_>) -> Tall
     for _ in 0..8 + rng.below(8) {
         let steps = group(&mut rng, start, image.size());
         let label = format!("seed {seed}, op {op}: {steps:?}");
+        if number("CRASH_TRACE", 0) > 0 {
+            println!("{label}");
+        }
         let tasks = steps.into_iter().enumerate().map(|(n, step)| {
             Box::pin(perform(&image, &io, start, &guest, &acknowledged, op + n as u64, step)) as Task<'_, _>
         });
