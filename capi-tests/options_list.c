@@ -5,7 +5,7 @@ int main(void)
 {
     static const char *const keys[] = {"cluster_size", "extended_l2", "lazy_refcounts", "backing_file", "backing_fmt",
                                        "compression_type", "preallocation", "refcount_bits", "compat", "backing",
-                                       "data_file", "data_file_raw"};
+                                       "data_file", "data_file_raw", "nocow", "extent_size_hint"};
     struct qcow2_option option;
     size_t found = 0, index;
     qcow2_opts *opts = qcow2_opts_new();

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use qcow2::image::{CreateOptions, Image, OpenOptions, create};
 
 /// The options with the values that make a difference.
-const VALUES: [(&str, &str); 17] = [
+const VALUES: [(&str, &str); 19] = [
     ("cluster_size", "512"),
     ("cluster_size", "4k"),
     ("cluster_size", "16k"),
@@ -31,6 +31,8 @@ const VALUES: [(&str, &str); 17] = [
     ("preallocation", "metadata"),
     ("preallocation", "falloc"),
     ("preallocation", "full"),
+    ("nocow", "on"),
+    ("extent_size_hint", "1M"),
     ("cluster_size", "64k"),
 ];
 

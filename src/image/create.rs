@@ -18,7 +18,7 @@ use crate::format::{BackingName, Compression, Geometry, Header, HostOffset, exte
 use crate::plan::new_image::NewImage;
 use crate::storage::file::FileStorage;
 use crate::storage::lock::LockMode;
-use crate::storage::{Blocking, Io, IoSrc, Storage};
+use crate::storage::{Blocking, Io, IoSrc, Storage, hints};
 use crate::tables::refcounts::TABLE_BYTES_MAX;
 use crate::wait::block_on;
 
@@ -250,10 +250,23 @@ pub fn create_reporting(
     {
         return Err(Error::DataFileShared { name: data.path.display().to_string() });
     }
+    for new in data.iter().chain([&file]).filter(|new| new.goes_away) {
+        give_hints(&new.storage, options);
+    }
     let external = data.as_ref().map(|data| &data.storage as &dyn Storage);
     block_on(write_image(&Blocking, &file.storage, external, &plan, tell))?;
     data.into_iter().chain([file]).for_each(NewFile::keep);
     Ok(())
+}
+
+/// Tells the file system what it is asked to do with a file that was made just now.
+fn give_hints(storage: &FileStorage, options: &CreateOptions) {
+    if options.nocow {
+        hints::no_copy_on_write(storage.fd());
+    }
+    if options.extent_size_hint_bytes > 0 {
+        hints::extent_size(storage.fd(), options.extent_size_hint_bytes);
+    }
 }
 
 /// A file that is being written to as a whole. If it was made here and is not completed, it goes away again.

@@ -415,6 +415,10 @@ pub struct CreateOptions {
     pub compression_type: Compression,
     /// What to allocate ahead.
     pub preallocation: Preallocation,
+    /// New files are asked to be overwritten in place, where the file system copies on write (btrfs).
+    pub nocow: bool,
+    /// New files are asked to have extents of this size in bytes (XFS); 0 asks for nothing.
+    pub extent_size_hint_bytes: u32,
 }
 
 impl Default for CreateOptions {
@@ -431,6 +435,8 @@ impl Default for CreateOptions {
             data_file_raw: false,
             compression_type: Compression::default(),
             preallocation: Preallocation::default(),
+            nocow: false,
+            extent_size_hint_bytes: 0,
         }
     }
 }
@@ -479,6 +485,13 @@ impl CreateOptions {
             "preallocation" => match Preallocation::from_name(value) {
                 Some(mode) => self.preallocation = mode,
                 None => return not_acceptable(key, value, "off, metadata, falloc or full"),
+            },
+            "nocow" => self.nocow = parse_bool(key, value)?,
+            "extent_size_hint" => match parse_size(value).and_then(|size| u32::try_from(size).ok()) {
+                Some(size) => self.extent_size_hint_bytes = size,
+                None => {
+                    return not_acceptable(key, value, "a number of bytes below 4G, with an optional suffix k, M or G");
+                }
             },
             _ => return unknown(key, |o| o.create),
         }
@@ -662,6 +675,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     for_create("compression_type", OptionKind::Choice(&["zlib", "zstd"]), "zlib", "method of compressed clusters"),
     for_create("preallocation", OptionKind::Choice(&["off", "metadata", "falloc", "full"]), "off",
         "what to allocate ahead: nothing, host clusters, with their space, with zeroes written"),
+    for_create("nocow", OptionKind::Bool, "off", "ask btrfs to overwrite the new file in place (a hint, for files made by name)"),
+    for_create("extent_size_hint", OptionKind::Size, "0", "ask XFS for extents of this size (a hint, for files made by name); 0: do not ask"),
 ];
 
 pub(super) fn not_acceptable<T>(key: &str, value: &str, expected: &str) -> Result<T> {

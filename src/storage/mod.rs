@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 
 mod direct;
 pub mod file;
+pub mod hints;
 pub mod lock;
 pub mod memory;
 pub mod pieces;
