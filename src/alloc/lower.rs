@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{Allocator, bulk, find};
 use crate::error::Result;
-use crate::format::{HostCluster, HostOffset};
+use crate::format::HostOffset;
 use crate::storage::Io;
 use crate::tables::Tables;
 use crate::tables::refcounts::{Need, RefcountState, Refcounts};
@@ -137,17 +137,8 @@ async fn punch_freed<I: Io>(io: &I, tables: &Tables, parts: impl Iterator<Item =
 /// The runs of clusters, of those in one block, that have no reference more than `times`. No compressed extent comes into
 /// them from now on: nothing may do so between the look at the count and the punch.
 fn freed_of(state: &mut RefcountState, clusters: Range<u64>, times: u64) -> std::result::Result<Vec<Range<u64>>, Need> {
-    let mut freed: Vec<Range<u64>> = Vec::new();
-    for cluster in clusters {
-        if state.get(HostCluster(cluster))? != times {
-            continue;
-        }
-        state.end_packing(HostCluster(cluster));
-        match freed.last_mut() {
-            Some(run) if run.end == cluster => run.end += 1,
-            _ => freed.push(cluster..cluster + 1),
-        }
-    }
+    let freed = state.with_references(&clusters, times)?;
+    freed.iter().for_each(|run| state.end_packing(run));
     Ok(freed)
 }
 

@@ -42,6 +42,15 @@ struct Block {
     used: u64,
 }
 
+impl Block {
+    fn note_dirty(&mut self, range: Range<usize>) {
+        self.dirty = match self.dirty.is_empty() {
+            true => range,
+            false => self.dirty.start.min(range.start)..self.dirty.end.max(range.end),
+        };
+    }
+}
+
 /// The refcounts as the allocator works with them.
 pub struct RefcountState {
     geometry: Geometry,
@@ -170,20 +179,16 @@ impl RefcountState {
         let block = self.blocks.get_mut(&index).ok_or(Need::Block(index))?;
         refcount::set(&mut block.bytes, order, entry, value);
         let range = refcount::byte_range(order, entry);
-        block.dirty = if block.dirty.is_empty() {
-            range
-        } else {
-            block.dirty.start.min(range.start)..block.dirty.end.max(range.end)
-        };
+        block.note_dirty(range);
         if value == 0 {
-            self.end_packing(cluster); // it may be anybody's in a moment
+            self.end_packing(&(cluster.0..cluster.0 + 1)); // it may be anybody's in a moment
         }
         Ok(())
     }
 
-    /// No more compressed extents go into a cluster.
-    pub fn end_packing(&mut self, cluster: HostCluster) {
-        self.packing.take_if(|at| self.geometry.host_cluster(*at) == cluster);
+    /// No more compressed extents go into one of these clusters.
+    pub fn end_packing(&mut self, clusters: &Range<u64>) {
+        self.packing.take_if(|at| clusters.contains(&self.geometry.host_cluster(*at).0));
     }
 
     /// Lowers a refcount by one.
@@ -225,26 +230,64 @@ impl RefcountState {
         self.fresh_from.is_some_and(|from| from <= clusters.start)
     }
 
+    /// The runs of clusters, of those that one block counts, that have no reference more than `times`, which is not 0.
+    pub fn with_references(&mut self, clusters: &Range<u64>, times: u64) -> std::result::Result<Vec<Range<u64>>, Need> {
+        let (index, entry) = self.split(HostCluster(clusters.start));
+        if !self.has_block(index)? {
+            return Ok(Vec::new());
+        }
+        let order = self.geometry.refcount_order;
+        let block = self.block(index)?;
+        let mut found: Vec<Range<u64>> = Vec::new();
+        for (cluster, entry) in clusters.clone().zip(entry..) {
+            if refcount::get(block, order, entry) != times {
+                continue;
+            }
+            match found.last_mut() {
+                Some(run) if run.end == cluster => run.end += 1,
+                _ => found.push(cluster..cluster + 1),
+            }
+        }
+        Ok(found)
+    }
+
     /// Lowers the refcounts of clusters that one block counts by `times`. Returns how many of them were lowered: all
     /// of them, or those before one that does not have so many references.
     pub fn lower_run(&mut self, clusters: Range<u64>, times: u64) -> (u64, Result<std::result::Result<(), Need>>) {
-        for cluster in clusters.clone() {
-            let count = match self.get(HostCluster(cluster)) {
-                Ok(count) => count,
-                Err(need) => return (cluster - clusters.start, Ok(Err(need))),
-            };
-            let Some(left) = count.checked_sub(times) else {
-                let underflow = self.corrupt(CorruptionKind::RefcountUnderflow, HostCluster(cluster));
-                return (cluster - clusters.start, Err(underflow));
-            };
-            if left == 0 {
-                self.note_freed(HostCluster(cluster));
-            }
-            if let Err(need) = self.set(HostCluster(cluster), left) {
-                return (cluster - clusters.start, Ok(Err(need)));
-            }
+        let (index, first) = self.split(HostCluster(clusters.start));
+        match self.has_block(index) {
+            Ok(true) => {}
+            Ok(false) => return (0, Err(self.corrupt(CorruptionKind::RefcountUnderflow, HostCluster(clusters.start)))),
+            Err(need) => return (0, Ok(Err(need))),
         }
-        (clusters.end - clusters.start, Ok(Ok(())))
+        if let Err(need) = self.block(index) {
+            return (0, Ok(Err(need)));
+        }
+        let Some(block) = self.blocks.get_mut(&index) else { return (0, Ok(Err(Need::Block(index)))) };
+        let order = self.geometry.refcount_order;
+        let (mut done, mut freed) = (0, None);
+        for (cluster, entry) in clusters.clone().zip(first..) {
+            let Some(left) = refcount::get(&block.bytes, order, entry).checked_sub(times) else { break };
+            refcount::set(&mut block.bytes, order, entry, left);
+            if left == 0 {
+                freed = Some((freed.map_or(cluster, |(lowest, _): (u64, u64)| lowest), cluster));
+            }
+            done += 1;
+        }
+        if done > 0 {
+            let last = refcount::byte_range(order, first + done as usize - 1);
+            block.note_dirty(refcount::byte_range(order, first).start..last.end);
+        }
+        if let Some((lowest, highest)) = freed {
+            self.note_freed(HostCluster(lowest));
+            self.not_fresh(HostCluster(highest));
+            self.end_packing(&(lowest..highest + 1)); // as above; for what lies between, it costs only space
+        }
+        if done == clusters.end - clusters.start {
+            return (done, Ok(Ok(())));
+        }
+        let without = HostCluster(clusters.start + done);
+        (done, Err(self.corrupt(CorruptionKind::RefcountUnderflow, without)))
     }
 
     /// Whether each of these clusters, which are sorted, can get as many references more as it is listed. A cluster that
