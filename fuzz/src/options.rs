@@ -15,6 +15,9 @@ use crate::heap::limited;
 use crate::open_read::HEAP_MAX;
 use crate::rule;
 
+/// Most memory that a cache is let to have.
+const CACHE_MAX: u64 = 16 << 20;
+
 const VALUES: [&str; 20] = [
     "", "on", "off", "512", "65536", "64k", "2M", "1G", "0.10", "1.1", "zlib", "zstd", "metadata", "full", "raw",
     "qcow2", "relative", "unmap", "16384", "-1",
@@ -56,6 +59,9 @@ fn run(input: &mut Bytes<'_>) {
     }
     open.backing = Default::default(); // no names of this machine
     open.data_file = None;
+    // What a caller asks for is his to have; what counts here is what is held beside that.
+    open.l2_cache_size = open.l2_cache_size.min(CACHE_MAX);
+    open.refcount_cache_size = open.refcount_cache_size.min(CACHE_MAX);
     let opened = Image::open_storage(disk.clone(), &open);
     match opened {
         Ok(image) => {
