@@ -1,4 +1,7 @@
-use super::*;
+use super::{
+    BitmapEntry, BitmapsPointer, BitsAt, Error, Geometry, HostOffset, NAME_MAX, Result, bits_for,
+    default_granularity_bits, encode_directory, parse_directory, table_entries_for,
+};
 
 const GEOMETRY: Geometry = Geometry { version: 3, cluster_bits: 16, extended_l2: false, refcount_order: 4 };
 

@@ -1,4 +1,4 @@
-use super::*;
+use super::{CreateOptions, Error, OPTIONS, OpenOptions, OptionInfo, OptionKind, Result};
 
 /// Values that each option of the table takes, and some that none takes.
 fn examples(info: &OptionInfo) -> Vec<&'static str> {
