@@ -14,10 +14,26 @@ const HOST_BITS: u32 = 56;
 /// returns it. First fit, so that files stay as short as they can.
 pub fn take(state: &mut RefcountState, want: u64) -> Result<std::result::Result<Range<u64>, Need>> {
     let start = if want == 1 { state.hint } else { state.hint.max(state.run_hint) };
-    let run = match take_from(state, start, want)? {
-        Ok(run) => run,
-        Err(need) => return Ok(Err(need)),
+    let ahead = state.ahead_start();
+    let found = match ahead.is_some_and(|ahead| start.0 >= ahead) {
+        true => None,
+        false => match search(state, start, want, ahead)? {
+            Ok(found) => found,
+            Err(need) => return Ok(Err(need)),
+        },
     };
+    let run = match found {
+        Some(run) => match count(state, run)? {
+            Ok(run) => run,
+            Err(need) => return Ok(Err(need)),
+        },
+        // Nothing is free before it.
+        None => match state.take_ahead(want) {
+            Some(run) => run,
+            None => unreachable!("a search without an end finds something"),
+        },
+    };
+    state.note_handed_out(&run);
     let end = HostCluster(run.end);
     if want == 1 || state.hint.0 == run.start {
         state.hint = end;
@@ -34,10 +50,18 @@ pub fn take_from(
     from: HostCluster,
     want: u64,
 ) -> Result<std::result::Result<Range<u64>, Need>> {
-    let run = match search(state, from, want)? {
-        Ok(run) => run,
-        Err(need) => return Ok(Err(need)),
-    };
+    match search(state, from, want, None)? {
+        Ok(Some(run)) => {
+            state.note_handed_out(&run);
+            count(state, run)
+        }
+        Ok(None) => unreachable!("a search without an end finds something"),
+        Err(need) => Ok(Err(need)),
+    }
+}
+
+/// Counts a run that was found free.
+fn count(state: &mut RefcountState, run: Range<u64>) -> Result<std::result::Result<Range<u64>, Need>> {
     check_free(state, run.clone())?;
     for cluster in run.clone() {
         if let Err(need) = state.set(HostCluster(cluster), 1) {
@@ -74,7 +98,13 @@ pub fn take_behind(state: &mut RefcountState, want: u64) -> Result<std::result::
     }
 }
 
-fn search(state: &mut RefcountState, from: HostCluster, want: u64) -> Result<std::result::Result<Range<u64>, Need>> {
+/// Finds a run from cluster `from` on; `None` where there is none before cluster `until`.
+fn search(
+    state: &mut RefcountState,
+    from: HostCluster,
+    want: u64,
+    until: Option<u64>,
+) -> Result<std::result::Result<Option<Range<u64>>, Need>> {
     let geometry = state.geometry();
     let (bits, order) = (geometry.refcount_block_bits(), geometry.refcount_order);
     let mut at = from.0;
@@ -101,11 +131,15 @@ fn search(state: &mut RefcountState, from: HostCluster, want: u64) -> Result<std
             let end = (first..limit).find(|&e| refcount::get(block, order, e) != 0).unwrap_or(limit);
             if end == entries || (end - first) as u64 == want {
                 let base = index << bits;
-                return Ok(Ok(base + first as u64..base + end as u64));
+                let run = base + first as u64..base + end as u64;
+                return Ok(Ok(until.is_none_or(|until| run.start < until).then_some(run)));
             }
             entry = end + 1;
         }
         at = (index + 1) << bits;
+        if until.is_some_and(|until| at > until) {
+            return Ok(Ok(None));
+        }
         // Remembered, because a search that has to wait for a block starts again: with a cache that holds fewer
         // blocks than are full, it would evict the first ones to load the next and never arrive.
         let passed = if want == 1 { &mut state.hint } else { &mut state.run_hint };
@@ -167,6 +201,7 @@ pub fn check_free(state: &RefcountState, run: Range<u64>) -> Result<()> {
 }
 
 fn count_new(state: &mut RefcountState, run: Range<u64>) {
+    state.note_handed_out(&run);
     for cluster in run {
         let counted = state.set(HostCluster(cluster), 1);
         debug_assert!(counted.is_ok(), "the blocks were added just now");

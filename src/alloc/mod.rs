@@ -21,6 +21,7 @@ use crate::format::l2::CompressedExtent;
 use crate::format::{GuestCluster, Host, HostCluster, HostOffset};
 use crate::storage::Io;
 use crate::tables::Tables;
+use crate::tables::refcounts::ahead::{Ahead, Extend};
 use crate::tables::refcounts::{Need, RefcountState, Refcounts};
 use crate::wait::lock;
 
@@ -65,12 +66,13 @@ pub struct Reservation<'a> {
     refcounts: &'a Refcounts,
     runs: Vec<Range<u64>>,
     is_fresh: bool,
+    ahead: Ahead,
 }
 
 impl<'a> Reservation<'a> {
     /// Of no clusters.
     pub fn none(tables: &'a Tables) -> Self {
-        Self { refcounts: &tables.refcounts, runs: Vec::new(), is_fresh: false }
+        Self { refcounts: &tables.refcounts, runs: Vec::new(), is_fresh: false, ahead: Ahead::Counted }
     }
 
     /// The clusters, in order.
@@ -86,6 +88,17 @@ impl<'a> Reservation<'a> {
     /// Whether all of the clusters are known to have never been written: they read as zeroes, after a crash as well.
     pub fn is_fresh(&self) -> bool {
         self.is_fresh
+    }
+
+    /// Whether the file is known to reach to the end of the clusters.
+    pub fn is_in_file(&self) -> bool {
+        self.ahead != Ahead::Counted
+    }
+
+    /// Whether an entry may refer to the clusters on disk before anything else is durable: they are counted and inside
+    /// the file after a crash, and read as zeroes until they are written.
+    pub fn may_show_early(&self) -> bool {
+        self.is_fresh && self.ahead == Ahead::Durable
     }
 
     /// The tables refer to the clusters now: nothing is given back.
@@ -110,11 +123,23 @@ impl Drop for Reservation<'_> {
     }
 }
 
-/// As [`find::take`], and whether the run is fresh.
-fn take_noting(state: &mut RefcountState, want: u64) -> Result<std::result::Result<(Range<u64>, bool), Need>> {
+/// A run that was taken.
+struct Taken {
+    run: Range<u64>,
+    is_fresh: bool,
+    ahead: Ahead,
+    /// What was counted behind it, for the next ones.
+    extend: Option<Extend>,
+}
+
+/// As [`find::take`], from what was counted ahead where that is next; if nothing is left there, more is counted.
+fn take_noting(state: &mut RefcountState, want: u64) -> Result<std::result::Result<Taken, Need>> {
+    let next = state.ahead_start();
     Ok(find::take(state, want)?.map(|run| {
+        let ahead = if next == Some(run.start) { state.ahead_state() } else { Ahead::Counted };
         let is_fresh = state.is_fresh(&run);
-        (run, is_fresh)
+        let extend = state.count_ahead(&run);
+        Taken { run, is_fresh, ahead, extend }
     }))
 }
 
@@ -126,15 +151,19 @@ impl Allocator {
             let end = tables.file.size_bytes()?.div_ceil(tables.geometry.cluster_size_bytes());
             tables.refcounts.with(|state| state.note_end_of_file(end));
         }
-        reservation.is_fresh = true;
+        (reservation.is_fresh, reservation.ahead) = (true, Ahead::Durable);
         let mut left = count;
         while left > 0 {
             match tables.refcounts.with(|state| take_noting(state, left))? {
-                Ok((run, is_fresh)) => {
-                    left -= run.end - run.start;
-                    reservation.is_fresh &= is_fresh;
-                    reservation.runs.push(run.clone());
-                    tables.check_unused(run)?;
+                Ok(taken) => {
+                    left -= taken.run.end - taken.run.start;
+                    reservation.is_fresh &= taken.is_fresh;
+                    reservation.ahead = reservation.ahead.min(taken.ahead);
+                    reservation.runs.push(taken.run.clone());
+                    tables.check_unused(taken.run)?;
+                    if let Some(extend) = taken.extend {
+                        tables.extend_file(extend);
+                    }
                 }
                 Err(need) => tables.refcounts.load(io, &tables.file, need).await?,
             }
@@ -142,12 +171,15 @@ impl Allocator {
         Ok(reservation)
     }
 
-    /// Reserves `count` clusters past the end of the file, where everything reads as zeroes. Only for who holds the image
-    /// alone.
+    /// Reserves `count` clusters past all that was ever written, where everything reads as zeroes. Only for who holds the
+    /// image alone.
     pub async fn reserve_fresh<'a, I: Io>(&self, io: &I, tables: &'a Tables, count: u64) -> Result<Reservation<'a>> {
         let mut reservation = Reservation::none(tables);
-        let end = tables.file.size_bytes()?.div_ceil(tables.geometry.cluster_size_bytes());
-        let (mut from, mut left) = (HostCluster(end), count);
+        let from = match tables.refcounts.with(|state| state.untouched_from()) {
+            Some(from) => from,
+            None => tables.file.size_bytes()?.div_ceil(tables.geometry.cluster_size_bytes()),
+        };
+        let (mut from, mut left) = (HostCluster(from), count);
         while left > 0 {
             match tables.refcounts.with(|state| find::take_from(state, from, left))? {
                 Ok(run) => {
@@ -173,8 +205,7 @@ impl Allocator {
             })?;
             match taken {
                 Ok(run) if run.end - run.start == count => {
-                    let reservation =
-                        Reservation { refcounts: &tables.refcounts, runs: vec![run.clone()], is_fresh: false };
+                    let reservation = Reservation { runs: vec![run.clone()], ..Reservation::none(tables) };
                     tables.check_unused(run)?;
                     return Ok(reservation);
                 }

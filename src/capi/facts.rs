@@ -134,7 +134,8 @@ impl qcow2_info {
 pub struct qcow2_stats {
     /// Bytes that were read from old clusters or backing files to fill up what a write did not cover (copy-on-write).
     pub copied_bytes: u64,
-    /// Bytes around a write that read as zeroes and were written as such.
+    /// Bytes around a write that read as zeroes and are zeroes in the host cluster now: written as such, or because it
+    /// was never written to.
     pub zero_filled_bytes: u64,
     /// Host clusters allocated for guest data.
     pub clusters_allocated: u64,

@@ -59,6 +59,7 @@ impl Drop for Alone<'_> {
     fn drop(&mut self) {
         // Before the claims go: who waited for them looks at the bit again.
         self.image.status.clear(ALONE);
+        self.image.active().refcounts.with(|state| state.holds_back = false);
     }
 }
 
@@ -99,6 +100,11 @@ impl Image {
         self.forget_inactive();
         self.allocator.transfers.passed(self.allocator.transfers.removed_at()).await;
         self.status.check_write()?;
+        alone.tables().refcounts.with(|state| {
+            state.holds_back = true; // what changes the structure wants the file no longer than it is
+            state.forget_fresh(); // it may leave behind in clusters what their entries do not show
+        });
+        alone.tables().refcounts.give_ahead_back(io, &alone.tables().file).await?;
         alone.flush(io).await?;
         Ok(alone)
     }

@@ -93,7 +93,17 @@ impl Image {
             return refusal;
         }
         let tables = self.active();
+        tables.refcounts.with(|state| state.holds_back = true);
+        let given_back = match before & CORRUPT {
+            0 => tables.refcounts.give_ahead_back(io, &tables.file).await,
+            _ => Ok(()),
+        };
         tables.flush(io).await?;
+        match given_back {
+            Err(e @ Error::Corrupt(_)) => return Err(self.note_error(io, e).await),
+            Err(e) => self.log(LogLevel::Warning, &format!("clusters that nobody has taken stay counted: {e}")),
+            Ok(()) => {}
+        }
         if before & CORRUPT == 0 {
             if let Err(e) = self.store_bitmaps(io).await {
                 return Err(self.note_error(io, e).await);
@@ -107,7 +117,7 @@ impl Image {
                 }
                 tables.flush(io).await?; // which may set free the clusters of a refcount table that moved
             }
-            if tables.refcounts.with(|state| state.has_freed)
+            if tables.refcounts.with(|state| state.has_freed || state.has_extended())
                 && let Err(e) = self.trim_file(io).await
             {
                 return Err(self.note_error(io, e).await);

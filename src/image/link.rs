@@ -19,6 +19,8 @@ pub(super) struct Change {
     pub(super) released: Host,
     /// The host cluster stays, but some of the data in it is dropped.
     pub(super) drops_data: bool,
+    /// The entry may reach the disk before the data that it shows, and before counts: see `tables::order`.
+    pub(super) early: bool,
 }
 
 impl Image {
@@ -49,12 +51,20 @@ impl Image {
         let slice = geometry.slice_index(first.cluster_at);
         let encode = |c: &Change| (geometry.entry_in_slice(c.cluster_at), L2Entry::encode(c.state, geometry));
         let entries: Vec<(usize, L2Entry)> = changes.iter().map(encode).collect();
-        while !tables.l2.update(slice, &entries) {
+        let early = changes.iter().all(|change| change.early);
+        while !tables.l2.update(slice, &entries, early) {
             tables.load_slice(io, slice).await?; // it was evicted meanwhile
         }
         let number = tables.order.number_change();
         reservation.keep();
         let is_external = tables.external.is_some();
+        if !is_external {
+            for change in changes.iter().filter(|c| c.drops_data) {
+                if let Host::Cluster { cluster, .. } = change.state.host {
+                    tables.refcounts.with(|state| state.not_fresh(cluster));
+                }
+            }
+        }
         let dropped = changes.iter().filter(|c| c.drops_data || is_external && c.released != Host::None);
         self.allocator.note_dropped(dropped.map(|c| geometry.guest_cluster(c.cluster_at)));
         if is_external {

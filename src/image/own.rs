@@ -57,16 +57,17 @@ impl Image {
         let Some(cluster) = reservation.clusters().next() else { unreachable!("one was asked for") };
         let new = tables.geometry.host_offset(cluster);
         let size = tables.geometry.cluster_size_bytes();
+        // What has never been written is a table of zeroes already.
+        let early = old == HostOffset(0) && reservation.may_show_early();
         if old != HostOffset(0) {
             let mut table = vec![0u8; size as usize];
             self.read_shared_table(io, index, old, &mut table).await?;
             tables.file.write_bytes(io, &table, new).await?;
-        } else {
-            // What has never been written is a table of zeroes already; but it has to lie inside the file.
+        } else if !(reservation.is_fresh() && reservation.is_in_file()) {
             let written = if reservation.is_fresh() { size.min(END_BYTES) } else { size };
             tables.file.write_bytes(io, &vec![0; written as usize], new.plus(size - written)).await?;
         }
-        tables.replace_table(index, encode_l1(new)).await;
+        tables.replace_table(index, encode_l1(new), early).await;
         let change = tables.order.number_change();
         reservation.keep();
         if old != HostOffset(0) {

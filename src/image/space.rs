@@ -23,16 +23,25 @@ impl Image {
     /// costs space only; what it finds to be wrong is an error.
     pub(super) async fn trim_file<I: Io>(&self, io: &I) -> Result<()> {
         let tables = self.active();
-        if !self.unmap {
+        let has_extended = tables.refcounts.with(|state| state.has_extended());
+        if !self.unmap && !has_extended {
             return Ok(());
         }
         let cut = async {
-            let end = used_end(io, tables).await?;
+            let mut end = used_end(io, tables).await?;
+            if !self.unmap {
+                // What was freed stays; what nobody had goes.
+                end = tables.refcounts.with(|state| state.untouched_from()).map_or(end, |from| end.max(from));
+            }
             if tables.refcounts.with(|state| state.waits_for_write()) {
                 tables.flush(io).await?; // blocks were dropped
             }
             let end = tables.geometry.host_offset(HostCluster(end)).0;
-            if tables.file.size_bytes()? > end { tables.file.set_size(end) } else { Ok(()) }
+            if tables.file.size_bytes()? > end {
+                tables.file.set_size(end)?;
+            }
+            tables.refcounts.with(|state| state.note_cut());
+            Ok(())
         };
         match cut.await {
             Err(e) if !matches!(e, Error::Corrupt(_)) => {

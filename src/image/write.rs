@@ -34,12 +34,30 @@ struct Step {
     old: ClusterState,
     plan: WritePlan,
     host: HostCluster, // where it goes; set once clusters are reserved
+    early: bool,       // its entry may reach the disk before its data
 }
 
 impl Step {
     /// Guest range of a part of the cluster.
     fn guest(&self, span: Span) -> (GuestOffset, u64) {
         (self.cluster_at.plus(span.start), span.len())
+    }
+}
+
+/// Steps whose data may have been written and that are not linked: if it stays so, what they have left in clusters of
+/// ours is not zero any more. (Clusters that were reserved for them are given back.)
+struct Unlinked<'a> {
+    tables: &'a Tables,
+    steps: &'a [Step],
+}
+
+impl Drop for Unlinked<'_> {
+    fn drop(&mut self) {
+        for step in self.steps.iter().filter(|step| step.plan.next.is_some()) {
+            if let Target::InPlace(cluster) = step.plan.target {
+                self.tables.refcounts.with(|state| state.not_fresh(cluster));
+            }
+        }
     }
 }
 
@@ -186,12 +204,37 @@ impl Image {
         let counted = if tables.external.is_some() { 0 } else { new };
         let reservation = self.allocator.reserve(io, tables, counted).await?;
         assign_hosts(&mut steps, &reservation, tables);
+        self.spare_zeroes(&mut steps, &reservation);
+        let unlinked = Unlinked { tables, steps: &steps };
         let copies = self.fetch_copies(io, &steps).await?;
         let written = self.write_steps(io, &steps, payload.as_slice(), &copies).await?;
         self.link(io, &steps, reservation, written).await?;
+        std::mem::forget(unlinked);
         self.counters.allocating_writes.fetch_add(1, Relaxed);
         self.counters.clusters_allocated.fetch_add(new, Relaxed);
         Ok(())
+    }
+
+    /// Where a host cluster holds zeroes that nobody has to write, and the guest saw zeroes, nothing is filled; and the
+    /// entry may show such a cluster before its data is durable: the guest sees what it saw, or what it writes (D8).
+    fn spare_zeroes(&self, steps: &mut [Step], reservation: &Reservation<'_>) {
+        let tables = self.active();
+        if tables.external.is_some() {
+            return; // the file is the guest's: nobody knows what is in it
+        }
+        for step in steps.iter_mut().filter(|step| step.plan.next.is_some()) {
+            let is_fresh = match step.plan.target {
+                Target::New => reservation.is_fresh(),
+                Target::InPlace(cluster) => tables.refcounts.with(|s| s.is_fresh(&(cluster.0..cluster.0 + 1))),
+            };
+            if !is_fresh || !step.plan.covers_zeroes(step.old, self.below_is_zero(step.cluster_at)) {
+                continue;
+            }
+            let filled = step.plan.head().len() + step.plan.tail().len();
+            self.counters.zero_filled_bytes.fetch_add(filled, Relaxed);
+            step.plan = step.plan.onto_zeroes();
+            step.early = step.plan.target != Target::New || reservation.may_show_early();
+        }
     }
 
     /// Reads what the guest sees around the payload of each step: heads and tails, one after the other.
@@ -270,7 +313,7 @@ impl Image {
             let host = Host::Cluster { cluster: step.host, copied: true };
             let state = ClusterState { host, alloc: bits.alloc, zero: bits.zero };
             let released = if step.plan.releases_old { step.old.host } else { Host::None };
-            Some(Change { cluster_at: step.cluster_at, state, released, drops_data: false })
+            Some(Change { cluster_at: step.cluster_at, state, released, drops_data: false, early: step.early })
         });
         self.link_changes(io, changes.collect(), reservation).await
     }
@@ -291,7 +334,7 @@ async fn plan_steps<I: Io>(io: &I, tables: &Tables, at: GuestOffset, length: u64
             Target::New => HostCluster(0),
         };
         let cluster_at = GuestOffset(at.0 - start);
-        steps.push(Step { cluster_at, old, plan, host });
+        steps.push(Step { cluster_at, old, plan, host, early: false });
         at = at.plus(payload.len());
     }
     Ok(steps)

@@ -282,5 +282,5 @@ impl Image {
 
 pub(super) fn change(cluster_at: GuestOffset, old: ClusterState, new: ClusterState, releases: bool) -> Change {
     let drops_data = !releases && old.alloc & !new.alloc != 0;
-    Change { cluster_at, state: new, released: if releases { old.host } else { Host::None }, drops_data }
+    Change { cluster_at, state: new, released: if releases { old.host } else { Host::None }, drops_data, early: false }
 }

@@ -63,6 +63,26 @@ impl WritePlan {
         Span { start: self.payload.end, end: self.io.end }
     }
 
+    /// Subclusters that show data of the host cluster from now on and did not before.
+    pub fn newly_shown(&self, old: ClusterState) -> u32 {
+        let had = if self.target == Target::New { 0 } else { old.alloc };
+        self.next.map_or(0, |bits| bits.alloc & !had)
+    }
+
+    /// Whether the guest saw zeroes, and nothing else, in all subclusters that are newly shown. `below_is_zero`: nothing
+    /// lies under the cluster.
+    pub fn covers_zeroes(&self, old: ClusterState, below_is_zero: bool) -> bool {
+        let shown = self.newly_shown(old);
+        let zeroes = if below_is_zero { !old.alloc } else { old.zero };
+        !matches!(old.host, Host::Compressed(_)) && shown & !zeroes == 0
+    }
+
+    /// The same write where the host cluster holds zeroes wherever its entry shows nothing, and the guest saw zeroes
+    /// there: nothing has to be filled.
+    pub fn onto_zeroes(self) -> Self {
+        Self { io: self.payload, ..self }
+    }
+
     /// The write is in place and no metadata changes.
     pub fn is_pure_overwrite(&self) -> bool {
         self.next.is_none()

@@ -180,6 +180,13 @@ impl Storage for FileStorage {
         self.file.set_len(size)
     }
 
+    /// Space for the last bytes, and nothing else, is what makes a file longer that must not become shorter: the size that
+    /// ftruncate sets may be too small by the time it is set.
+    fn extend(&self, size: u64) -> io::Result<()> {
+        let last = size.min(4096);
+        fallocate(self.fd(), 0, size - last, last)
+    }
+
     fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
         fallocate(self.fd(), libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
     }

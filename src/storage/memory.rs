@@ -63,6 +63,15 @@ impl Storage for MemoryStorage {
         Ok(self.lock().len() as u64)
     }
 
+    fn extend(&self, size: u64) -> io::Result<()> {
+        let size = usize::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+        let mut bytes = self.lock();
+        if bytes.len() < size {
+            bytes.resize(size, 0);
+        }
+        Ok(())
+    }
+
     fn truncate(&self, size: u64) -> io::Result<()> {
         let size = usize::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
         self.lock().resize(size, 0);

@@ -172,6 +172,13 @@ pub trait Storage: Send + Sync {
     /// Sets the size; new bytes read as zero.
     fn truncate(&self, size: u64) -> io::Result<()>;
 
+    /// Makes the size at least `size`, never less, with as little else as can be; new bytes read as zero. Other than
+    /// [`Storage::truncate`], it may be called among writes that make the storage longer. Optional.
+    fn extend(&self, size: u64) -> io::Result<()> {
+        let _ = size;
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
+
     /// Gives up the space of a range, which reads as zeroes afterwards. Optional: space is all that is lost without it.
     fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
         let _ = (offset, length);

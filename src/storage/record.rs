@@ -125,6 +125,13 @@ impl Storage for Recorder {
         if size < before { self.log_zeroes(&mut log, size, before) } else { Ok(()) }
     }
 
+    fn extend(&self, size: u64) -> io::Result<()> {
+        let mut log = self.log();
+        self.inner.extend(size)?;
+        // Zeroes there make a replayed file as long, too.
+        self.log_range(&mut log, size.saturating_sub(1), 1)
+    }
+
     fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
         let mut log = self.log();
         self.inner.punch_hole(offset, length)?;

@@ -79,7 +79,7 @@ impl Tables {
         self.barrier(io).await?;
         let numbered: Vec<(usize, L2Entry)> = entries.iter().copied().enumerate().collect();
         // If it is not cached, the next load finds it on the disk.
-        let _ = self.l2.update(slice, &numbered);
+        let _ = self.l2.update(slice, &numbered, false);
         Ok(())
     }
 }

@@ -70,6 +70,13 @@ impl HostFile {
         self.storage.truncate(size).map_err(|e| Error::io(IoOp::Truncate, size, &e))
     }
 
+    /// Makes the file at least so long; what is new reads as zeroes. It is never made shorter by this, whoever else
+    /// writes to it meanwhile.
+    pub fn extend(&self, size: u64) -> Result<()> {
+        self.check_writes()?;
+        self.storage.extend(size).map_err(|e| Error::io(IoOp::Truncate, size, &e))
+    }
+
     /// Gives up the space of a range that nothing refers to. Advice: that it cannot be done is no error.
     pub async fn punch_hole<I: Io>(&self, io: &I, offset: HostOffset, length: u64) {
         if !self.cannot_punch.load(Ordering::Relaxed) && self.check_writes().is_ok() {

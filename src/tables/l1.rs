@@ -24,13 +24,21 @@ pub struct L1Table {
     more: [OnceLock<Box<[AtomicU64]>>; MORE_SEGMENTS],
     count: AtomicU64,
     offset: AtomicU64,
-    dirty_sectors: Mutex<BTreeSet<u64>>,
+    dirty: Mutex<Dirty>,
+}
+
+#[derive(Default)]
+struct Dirty {
+    sectors: BTreeSet<u64>,
+    is_early: bool, // all of them, where there are any
 }
 
 /// Sectors of the L1 table as they were when they were collected.
 pub struct DirtyL1 {
     /// Sector number and its bytes.
     pub sectors: Vec<(u64, Vec<u8>)>,
+    /// They may be written before anything else is durable.
+    pub is_early: bool,
     table_at: HostOffset,
 }
 
@@ -53,7 +61,7 @@ impl L1Table {
             first: entries.into_iter().map(AtomicU64::new).collect(),
             more: [const { OnceLock::new() }; MORE_SEGMENTS],
             offset: AtomicU64::new(offset.0),
-            dirty_sectors: Mutex::default(),
+            dirty: Mutex::default(),
         }
     }
 
@@ -104,9 +112,9 @@ impl L1Table {
     /// Replaces the whole table by one that lies, with these entries, at `offset`, and is referred to by the header
     /// already. Only for who holds the image alone, with nothing of the old table waiting to be written.
     pub fn replace(&self, offset: HostOffset, entries: &[u64]) {
-        let mut dirty = lock(&self.dirty_sectors);
-        debug_assert!(dirty.is_empty(), "changes of a table that is replaced are lost");
-        dirty.clear();
+        let mut dirty = lock(&self.dirty);
+        debug_assert!(dirty.sectors.is_empty(), "changes of a table that is replaced are lost");
+        dirty.sectors.clear();
         let count = entries.len() as u64;
         for (index, &entry) in entries.iter().enumerate() {
             self.entry(index as u64).store(entry, Ordering::Release);
@@ -133,20 +141,22 @@ impl L1Table {
         self.offset()..self.offset().plus(self.count() * 8)
     }
 
-    /// Publishes a new entry in memory; it reaches the disk with the next write-back.
-    pub fn set(&self, index: L1Index, entry: u64) {
-        let mut dirty = lock(&self.dirty_sectors);
+    /// Publishes a new entry in memory; it reaches the disk with the next write-back. `early`: it may do so before
+    /// anything else is durable, because the guest then sees what it saw, and all that is referred to is counted.
+    pub fn set(&self, index: L1Index, entry: u64, early: bool) {
+        let mut dirty = lock(&self.dirty);
         assert!(index.0 < self.count(), "an L1 entry past the end of the table");
         self.entry(index.0).store(entry, Ordering::Release);
-        dirty.insert(index.0 / ENTRIES_PER_SECTOR);
+        dirty.is_early = early && (dirty.is_early || dirty.sectors.is_empty());
+        dirty.sectors.insert(index.0 / ENTRIES_PER_SECTOR);
     }
 
     /// Takes the changed sectors for writing. They count as clean; [`L1Table::redirty`] undoes that.
     pub fn collect_dirty(&self) -> DirtyL1 {
-        let mut dirty = lock(&self.dirty_sectors);
-        let sectors = std::mem::take(&mut *dirty);
+        let mut dirty = lock(&self.dirty);
+        let Dirty { sectors, is_early } = std::mem::take(&mut *dirty);
         let sectors = sectors.into_iter().map(|s| (s, self.sector_bytes(s))).collect();
-        DirtyL1 { sectors, table_at: self.offset() }
+        DirtyL1 { sectors, is_early, table_at: self.offset() }
     }
 
     fn sector_bytes(&self, sector: u64) -> Vec<u8> {
@@ -157,7 +167,9 @@ impl L1Table {
 
     /// Marks sectors as changed again whose write failed.
     pub fn redirty(&self, failed: &DirtyL1) {
-        lock(&self.dirty_sectors).extend(failed.sectors.iter().map(|(sector, _)| *sector));
+        let mut dirty = lock(&self.dirty);
+        dirty.is_early = false; // it is no time to save barriers
+        dirty.sectors.extend(failed.sectors.iter().map(|(sector, _)| *sector));
     }
 
     /// Writes collected sectors.
@@ -185,7 +197,7 @@ mod tests {
                 let past: Vec<u64> = (count..5000).map(|index| table.get(L1Index(index))).collect();
                 assert!(past.iter().all(|&entry| entry == 0), "old entries show up past the end");
                 if count > 0 {
-                    table.set(L1Index(count - 1), 42);
+                    table.set(L1Index(count - 1), 42, false);
                     let dirty = table.collect_dirty();
                     let (sector, bytes) = &dirty.sectors[0];
                     assert_eq!((*sector, &bytes[bytes.len() - 8..]), ((count - 1) / 64, &42u64.to_be_bytes()[..]));

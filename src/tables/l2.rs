@@ -25,8 +25,9 @@ const WRITING: u8 = 2;
 
 struct Inner {
     flags: Box<[u8]>,
-    dirty: Vec<u32>,  // slots with DIRTY
-    hands: Box<[u8]>, // where the clock of each set stands
+    dirty: Vec<u32>,      // slots with DIRTY
+    waits_for_data: bool, // one of them shows what has to be durable before it
+    hands: Box<[u8]>,     // where the clock of each set stands
 }
 
 /// The cache. Its memory is reserved at once and only touched as it fills.
@@ -70,9 +71,15 @@ pub struct DirtySlices {
     slices: Vec<(SliceIndex, u32)>, // with their slots, in order
     bytes: Vec<u8>,
     slice_bytes: usize,
+    waits_for_data: bool,
 }
 
 impl DirtySlices {
+    /// Whether something has to be durable before they are written: data that they show, or counts of what they refer to.
+    pub fn wait_for_data(&self) -> bool {
+        self.waits_for_data
+    }
+
     /// Whether there is nothing to write.
     pub fn is_empty(&self) -> bool {
         self.slices.is_empty()
@@ -179,6 +186,7 @@ impl L2Cache {
             inner: Mutex::new(Inner {
                 flags: vec![0; slots].into_boxed_slice(),
                 dirty: Vec::new(),
+                waits_for_data: false,
                 hands: vec![0; sets].into_boxed_slice(),
             }),
         }
@@ -306,10 +314,11 @@ impl L2Cache {
         self.candidates(slice).find(|&slot| inner.flags[slot] == 0)
     }
 
-    /// Changes entries of a cached slice and marks it dirty, all at once for readers and for write-back.
-    /// `false`: the slice is not cached.
+    /// Changes entries of a cached slice and marks it dirty, all at once for readers and for write-back. `early`: they
+    /// may reach the disk before anything else is durable, because the guest then sees what it saw, and all that is
+    /// referred to is counted. `false`: the slice is not cached.
     #[must_use]
-    pub fn update(&self, slice: SliceIndex, entries: &[(usize, L2Entry)]) -> bool {
+    pub fn update(&self, slice: SliceIndex, entries: &[(usize, L2Entry)], early: bool) -> bool {
         let mut inner = lock(&self.inner);
         let Some(slot) = self.slot_of(slice) else { return false };
         self.change(slot, |words| {
@@ -322,6 +331,7 @@ impl L2Cache {
                 }
             }
         });
+        inner.waits_for_data |= !early;
         if inner.flags[slot] & DIRTY == 0 {
             inner.flags[slot] |= DIRTY;
             inner.dirty.push(slot as u32);
@@ -406,7 +416,8 @@ impl L2Cache {
                 bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
             }
         }
-        DirtySlices { slices, bytes, slice_bytes }
+        let waits_for_data = std::mem::take(&mut inner.waits_for_data);
+        DirtySlices { slices, bytes, slice_bytes, waits_for_data }
     }
 
     /// Ends the writing of collected slices; after a failure they are dirty again.
@@ -420,6 +431,7 @@ impl L2Cache {
                 inner.dirty.push(slot);
             }
         }
+        inner.waits_for_data |= !succeeded; // it is no time to save barriers
     }
 }
 
@@ -436,11 +448,11 @@ mod tests {
     #[test]
     fn a_slice_that_changes_while_it_is_written_stays_dirty() {
         let cache = L2Cache::new(G, 1 << 20, 1 << 40);
-        assert!(!cache.update(SliceIndex(3), &[(0, entry(1))]), "not cached yet");
+        assert!(!cache.update(SliceIndex(3), &[(0, entry(1))], false), "not cached yet");
         assert!(cache.install(SliceIndex(3), &[0; 4096]));
-        assert!(cache.update(SliceIndex(3), &[(7, entry(1))]));
+        assert!(cache.update(SliceIndex(3), &[(7, entry(1))], false));
         let taken = cache.collect_dirty();
-        assert!(cache.update(SliceIndex(3), &[(8, entry(2))]));
+        assert!(cache.update(SliceIndex(3), &[(8, entry(2))], false));
         cache.written(&taken, true);
         assert_eq!(cache.dirty_count(), 1);
         let (slice, bytes) = taken.runs(G).next().unwrap();
@@ -456,7 +468,7 @@ mod tests {
         assert_eq!((cache.slots(), cache.wants_write_back()), (4, false));
         for i in 0..4 {
             assert!(cache.install(SliceIndex(i), &[0; 4096]));
-            assert!(cache.update(SliceIndex(i), &[(0, entry(i + 1))]));
+            assert!(cache.update(SliceIndex(i), &[(0, entry(i + 1))], false));
         }
         assert!(cache.wants_write_back());
         assert!(!cache.install(SliceIndex(9), &[0; 4096]), "all are dirty");
@@ -475,7 +487,7 @@ mod tests {
             let cache = L2Cache::new(G, 32 << 20, slices * covers);
             for i in 0..slices {
                 assert!(cache.install(SliceIndex(i), &[0; 4096]), "no room for slice {i} of {slices}");
-                assert!(cache.update(SliceIndex(i), &[(0, entry(i))]));
+                assert!(cache.update(SliceIndex(i), &[(0, entry(i))], false));
             }
             assert!((0..slices).all(|i| cache.look(SliceIndex(i), |_| ()).is_some()), "{slices} slices");
             assert!(!cache.wants_write_back());
@@ -494,7 +506,7 @@ mod tests {
         assert_eq!((cache.slots(), cache.wants_write_back()), (64, false));
         assert!(cache.look(SliceIndex(1), |_| ()).is_none());
         for i in 0..64 {
-            assert!(cache.install(SliceIndex(i), &[0; 4096]) && cache.update(SliceIndex(i), &[(0, entry(i))]));
+            assert!(cache.install(SliceIndex(i), &[0; 4096]) && cache.update(SliceIndex(i), &[(0, entry(i))], false));
         }
         assert!(!cache.wants_write_back());
         cache.fit(65 * covers);
@@ -505,7 +517,7 @@ mod tests {
     fn runs_join_neighbours_inside_a_table_only() {
         let cache = L2Cache::new(G, 1 << 20, 1 << 40);
         for i in [14, 15, 16, 17, 20] {
-            assert!(cache.install(SliceIndex(i), &[0; 4096]) && cache.update(SliceIndex(i), &[(0, entry(i))]));
+            assert!(cache.install(SliceIndex(i), &[0; 4096]) && cache.update(SliceIndex(i), &[(0, entry(i))], false));
         }
         let taken = cache.collect_dirty();
         let runs: Vec<(u64, usize)> = taken.runs(G).map(|(s, b)| (s.0, b.len() / 4096)).collect();
@@ -515,9 +527,9 @@ mod tests {
     #[test]
     fn readers_never_see_half_an_entry() {
         let cache = L2Cache::new(G, 1 << 20, 1 << 40);
-        assert!(cache.install(SliceIndex(0), &[0; 4096]) && cache.update(SliceIndex(0), &[(5, entry(0))]));
+        assert!(cache.install(SliceIndex(0), &[0; 4096]) && cache.update(SliceIndex(0), &[(5, entry(0))], false));
         std::thread::scope(|scope| {
-            scope.spawn(|| (0..200_000).for_each(|n| assert!(cache.update(SliceIndex(0), &[(5, entry(n))]))));
+            scope.spawn(|| (0..200_000).for_each(|n| assert!(cache.update(SliceIndex(0), &[(5, entry(n))], false))));
             for _ in 0..200_000 {
                 let seen = cache.look(SliceIndex(0), |view| view.entry(5)).unwrap();
                 assert_eq!(seen, entry(seen.descriptor));

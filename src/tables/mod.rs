@@ -30,6 +30,7 @@ use l2::{L2Slices, SliceView};
 use order::Order;
 use overlap::Overlap;
 use refcounts::Refcounts;
+use refcounts::ahead::Extend;
 
 /// A big-endian word of a table; `bytes` are eight.
 fn word(bytes: &[u8]) -> u64 {
@@ -390,15 +391,23 @@ impl Tables {
         Ok(ControlFlow::Continue(run))
     }
 
+    /// Makes the file reach to the end of what was counted ahead, where the storage can do that.
+    pub fn extend_file(&self, extend: Extend) {
+        let end = self.geometry.host_offset(HostCluster(extend.end));
+        let extended = self.file.extend(end.0).is_ok();
+        self.refcounts.with(|state| state.extended(extend, extended));
+    }
+
     /// Publishes a new L2 table in memory. What is cached of the old one is forgotten: its COPIED flags meant nothing.
     /// Forgotten FIRST: whoever sees that the table is ours believes the flags, and links into the cached slice.
-    pub async fn replace_table(&self, index: L1Index, entry: u64) {
+    /// `early`: see [`L1Table::set`].
+    pub async fn replace_table(&self, index: L1Index, entry: u64, early: bool) {
         let slices = self.geometry.slices_per_table();
         let first = index.0 * slices;
         // No load may be under way that has read the old table and not yet installed it.
         let _loading = self.slice_loads.claim(first..first + slices).await;
         self.l2.forget(SliceIndex(first)..SliceIndex(first + slices));
-        self.l1.set(index, entry);
+        self.l1.set(index, entry, early);
     }
 
     /// Gives up an L2 table: there is none at this place from now on, and what waited to be written to it never will be.
@@ -409,7 +418,7 @@ impl Tables {
         // No load may be under way that has read the table and not yet installed it, and no pass that writes to it.
         let _loading = self.slice_loads.claim(first..first + slices).await;
         let _gate = self.order.hold_gate().await;
-        self.l1.set(index, 0);
+        self.l1.set(index, 0, false);
         self.l2.give_up(SliceIndex(first)..SliceIndex(first + slices));
         self.order.number_change()
     }

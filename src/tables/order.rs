@@ -6,6 +6,8 @@
 //! write       refcount blocks (raised counts; lowered ones only after step 4 of an earlier pass)
 //! BARRIER 1   data, copied data, new L2 tables and refcounts are durable           O1 O2
 //!             (of an external data file too: it is made durable first, whether it was written to or not)
+//!             Left out if every changed entry may show EARLY: it refers to clusters whose counts are durable and that
+//!             read as zeroes until they are written, where the guest saw zeroes before (`refcounts::ahead`)
 //! [publish    new refcount blocks in the refcount table, or the header's pointer to a table that moved (the table
 //!             itself is written between the two, with a barrier of its own)
 //!  BARRIER    they are reachable]                       only if there are any        D2
@@ -75,6 +77,14 @@ impl Drop for Pass<'_> {
     }
 }
 
+/// What a pass has done.
+pub(super) struct Passed {
+    /// It has made an external data file durable as it stood after the pass began.
+    external_is_durable: bool,
+    /// The run counted ahead that the next barrier makes durable.
+    ahead: Option<u64>,
+}
+
 impl<'a> Pass<'a> {
     fn collect(tables: &'a Tables) -> Self {
         let through = tables.order.changes.load(Ordering::SeqCst);
@@ -84,9 +94,11 @@ impl<'a> Pass<'a> {
         Self { tables, slices, l1, refcounts, through, succeeded: false }
     }
 
-    /// Whether anything becomes visible that may show guest data.
-    fn has_entries(&self) -> bool {
-        !self.slices.is_empty() || !self.l1.sectors.is_empty()
+    /// Whether anything becomes visible that has to wait for the first barrier.
+    fn has_entries_that_wait(&self) -> bool {
+        let is_early = !self.slices.wait_for_data() && (self.l1.is_early || self.l1.sectors.is_empty());
+        let has_entries = !self.slices.is_empty() || !self.l1.sectors.is_empty();
+        has_entries && (!is_early || self.tables.external.is_some())
     }
 
     /// Steps up to the second barrier.
@@ -94,10 +106,10 @@ impl<'a> Pass<'a> {
         let Tables { file, refcounts, l1, geometry, .. } = self.tables;
         self.tables.check_blocks(&self.refcounts)?;
         refcounts.write_blocks(io, file, &self.refcounts).await?;
-        if self.has_entries() {
+        if self.has_entries_that_wait() {
             self.tables.external_barrier(io).await?;
         }
-        if self.has_entries() || self.refcounts.publishes() {
+        if self.has_entries_that_wait() || self.refcounts.publishes() {
             self.tables.barrier(io).await?;
         }
         if refcounts.write_moved_table(io, file, &self.refcounts).await? {
@@ -134,10 +146,12 @@ impl Tables {
             return Ok(()); // a flush that started after this call has succeeded
         }
         let number = order.flushes_started.fetch_add(1, Ordering::SeqCst) + 1;
-        if !self.pass(io).await? {
+        let Passed { external_is_durable, ahead } = self.pass(io).await?;
+        if !external_is_durable {
             self.external_barrier(io).await?;
         }
         self.barrier(io).await?;
+        self.refcounts.durable(ahead);
         order.flushes_done.store(number, Ordering::SeqCst);
         Ok(())
     }
@@ -148,13 +162,13 @@ impl Tables {
         self.barrier(io).await
     }
 
-    /// One pass. Returns whether it has made an external data file durable as it stood after the pass began.
-    pub(super) async fn pass<I: Io>(&self, io: &I) -> Result<bool> {
+    /// One pass.
+    pub(super) async fn pass<I: Io>(&self, io: &I) -> Result<Passed> {
         let mut pass = Pass::collect(self);
         pass.write(io).await?;
         pass.succeeded = true;
         self.order.written_through.fetch_max(pass.through, Ordering::SeqCst);
-        Ok(pass.has_entries())
+        Ok(Passed { external_is_durable: pass.has_entries_that_wait(), ahead: pass.refcounts.ahead() })
     }
 
     pub(super) async fn barrier<I: Io>(&self, io: &I) -> Result<()> {

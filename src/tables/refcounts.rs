@@ -4,6 +4,8 @@
 //! caller loads it outside of the lock. Blocks that were added, or a table that moved, exist in memory first; the
 //! write-back in `order` makes them reachable on disk in the right order.
 
+pub mod ahead;
+
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Mutex;
@@ -16,6 +18,8 @@ use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::{Geometry, Header, HostCluster, HostOffset, refcount};
 use crate::storage::{Io, IoDst};
 use crate::wait::{Claims, lock};
+
+use ahead::AheadRun;
 
 /// Bits of a refcount table entry that are not an offset.
 const TABLE_RESERVED: u64 = 0x1ff;
@@ -70,6 +74,11 @@ pub struct RefcountState {
     /// What is free from this cluster on has never been written: it lies past the end of the file as it was found, and
     /// past all that was freed since. None: nobody has looked at the end of the file yet.
     fresh_from: Option<u64>,
+    /// One past the last cluster that was ever handed out.
+    handed_out_end: u64,
+    ahead: AheadRun,
+    /// Nothing is counted ahead for now.
+    pub holds_back: bool,
     /// Runs of clusters whose refcounts are to be lowered as soon as their blocks are at hand.
     pub give_back: Vec<Range<u64>>,
     /// No cluster below this one is free.
@@ -96,6 +105,7 @@ pub struct DirtyRefcounts {
     table: Vec<(u64, Vec<u8>)>,                     // its changed sectors
     moved: Option<(HostOffset, u64, Vec<u8>)>,      // the whole table at its new place, with its clusters
     retired: Vec<Range<u64>>,
+    ahead: Option<u64>, // the run counted ahead that will be durable with these
 }
 
 impl DirtyRefcounts {
@@ -107,6 +117,11 @@ impl DirtyRefcounts {
     /// Index and place of each block.
     pub fn places(&self) -> impl Iterator<Item = (u64, HostOffset)> {
         self.blocks.iter().map(|(index, at, _, _)| (*index, *at))
+    }
+
+    /// The run counted ahead that will be durable once these are, and what was done to the file before.
+    pub fn ahead(&self) -> Option<u64> {
+        self.ahead
     }
 
     /// Whether blocks, or the table itself, have to be made reachable.
@@ -211,7 +226,9 @@ impl RefcountState {
         self.not_fresh(cluster);
     }
 
-    fn not_fresh(&mut self, cluster: HostCluster) {
+    /// What is in this cluster is not only what its entry shows: it was freed, or something in it was dropped, or a write
+    /// to it has failed.
+    pub fn not_fresh(&mut self, cluster: HostCluster) {
         self.fresh_from = self.fresh_from.map(|from| from.max(cluster.0 + 1));
     }
 
@@ -225,7 +242,23 @@ impl RefcountState {
         self.fresh_from.get_or_insert(clusters); // the first word counts: clusters may have been freed since
     }
 
-    /// Whether clusters that are free, or have just been handed out, have never been written.
+    /// Notes that clusters were handed out.
+    pub fn note_handed_out(&mut self, clusters: &Range<u64>) {
+        self.handed_out_end = self.handed_out_end.max(clusters.end);
+    }
+
+    /// What was handed out so far counts as written to, wherever its entries say that there is nothing.
+    pub fn forget_fresh(&mut self) {
+        self.fresh_from = self.fresh_from.map(|from| from.max(self.handed_out_end));
+    }
+
+    /// From this cluster on, everything is free and reads as zeroes, where the end of the file was looked at.
+    pub fn untouched_from(&self) -> Option<u64> {
+        self.fresh_from.map(|from| from.max(self.handed_out_end))
+    }
+
+    /// Whether clusters that are free, or have just been handed out, have never been written. Of a cluster that is in
+    /// use: whether it is zero wherever its entry shows no data.
     pub fn is_fresh(&self, clusters: &Range<u64>) -> bool {
         self.fresh_from.is_some_and(|from| from <= clusters.start)
     }
@@ -490,6 +523,9 @@ impl Refcounts {
             fixed: fixed_clusters(header, l1),
             has_freed: false,
             fresh_from: None,
+            handed_out_end: 0,
+            ahead: AheadRun::default(),
+            holds_back: false,
             give_back: Vec::new(),
             hint: HostCluster(0),
             run_hint: HostCluster(0),
@@ -597,6 +633,7 @@ impl Refcounts {
                 block.writing = true;
             }
             taken.blocks.sort_unstable_by_key(|b| b.0);
+            taken.ahead = s.ahead_in_file();
             let sectors = std::mem::take(&mut s.dirty_sectors);
             if std::mem::take(&mut s.moved) {
                 taken.moved = Some((s.table_offset, s.table_clusters, s.table_bytes(None)));
@@ -606,6 +643,21 @@ impl Refcounts {
             }
             taken
         })
+    }
+
+    /// A barrier after the writing of everything that was collected has succeeded.
+    pub fn durable(&self, ahead: Option<u64>) {
+        if let Some(number) = ahead {
+            self.with(|s| s.ahead_is_durable(number));
+        }
+    }
+
+    /// Gives back what was counted ahead, loading what that needs.
+    pub async fn give_ahead_back<I: Io>(&self, io: &I, file: &HostFile) -> Result<()> {
+        while let Err(need) = self.with(RefcountState::give_ahead_back) {
+            self.load(io, file, need).await?;
+        }
+        Ok(())
     }
 
     /// Ends the writing of what was collected; after a failure it is dirty again.

@@ -143,10 +143,10 @@ fn nobody_sees_that_a_table_is_ours_with_the_flags_of_the_shared_one() {
             }
         });
         for _ in 0..ROUNDS {
-            block_on(tables.replace_table(L1Index(0), shared));
+            block_on(tables.replace_table(L1Index(0), shared, false));
             block_on(tables.load_slice(&Blocking, tables.geometry.slice_index(GuestOffset(last)))).unwrap();
             round.fetch_add(1, Ordering::SeqCst);
-            block_on(tables.replace_table(L1Index(0), copy | COPIED));
+            block_on(tables.replace_table(L1Index(0), copy | COPIED, false));
             round.fetch_add(1, Ordering::SeqCst);
         }
         reader.join().unwrap()

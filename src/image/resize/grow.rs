@@ -101,7 +101,7 @@ impl Alone<'_> {
         }
         for index in (first_whole..tables.l1.count()).map(L1Index) {
             let Some(table) = self.stored_table(io, index, tables.l1.get(index)).await? else { continue };
-            tables.replace_table(index, 0).await;
+            tables.replace_table(index, 0, false).await;
             self.release_table(&table, index)?;
             self.maintain(io).await?;
         }
@@ -118,7 +118,7 @@ impl Alone<'_> {
             let state = cut(old, kept_subclusters(geometry, cluster_at.0, end));
             if state != old {
                 let released = if state.host == Host::None { old.host } else { Host::None };
-                changes.push(Change { cluster_at, state, released, drops_data: true });
+                changes.push(Change { cluster_at, state, released, drops_data: true, early: false });
             }
         }
         Ok(changes)
@@ -247,7 +247,7 @@ impl Alone<'_> {
             let fresh = cluster.new.wants_host.then_some(()).and_then(place);
             let host = fresh.map_or(cluster.old.host, |cluster: HostCluster| Host::Cluster { cluster, copied: true });
             let state = ClusterState { host, alloc: cluster.new.alloc, zero: cluster.new.zero };
-            Change { cluster_at: cluster.at, state, released: Host::None, drops_data: false }
+            Change { cluster_at: cluster.at, state, released: Host::None, drops_data: false, early: false }
         });
         let changes = changes.collect();
         drop(hosts);

@@ -81,7 +81,7 @@ impl Alone<'_> {
             let at = reservation.clusters().next().map(|cluster| geometry.host_offset(cluster));
             if let Some(at) = at.filter(|&at| at < table.at) {
                 tables.file.write_bytes(io, &table.bytes, at).await?;
-                tables.replace_table(index, encode_l1(at)).await;
+                tables.replace_table(index, encode_l1(at), false).await;
                 reservation.keep();
                 let old = geometry.host_cluster(table.at).0;
                 self.release_now(old..old + 1);

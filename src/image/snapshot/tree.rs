@@ -143,7 +143,7 @@ impl Tree {
     pub(super) fn disown(&self, tables: &Tables) {
         tables.l2.clear_copied();
         for (index, &entry) in self.l1.iter().enumerate().filter(|(_, entry)| **entry & COPIED != 0) {
-            tables.l1.set(L1Index(index as u64), entry & !COPIED);
+            tables.l1.set(L1Index(index as u64), entry & !COPIED, false);
         }
     }
 
@@ -219,7 +219,7 @@ fn lower_later(tables: &Tables, allocator: &Allocator, index: usize, at: HostOff
     let place = L1Index(index as u64);
     let active = tables.l1.get(place);
     if active & COPIED != 0 && tables.table(place).is_ok_and(|(table, _)| table == at) {
-        tables.l1.set(place, active & !COPIED);
+        tables.l1.set(place, active & !COPIED, false);
     }
     bulk::keep_for_later(allocator, at);
 }
@@ -245,7 +245,7 @@ pub(super) async fn own_what_is_single<I: Io>(io: &I, tables: &Tables, progress:
             tables.l2.forget(SliceIndex(first)..SliceIndex(first + tables.geometry.slices_per_table()));
         }
         if active.l1[index] & COPIED == 0 {
-            tables.l1.set(L1Index(index as u64), active.l1[index] | COPIED);
+            tables.l1.set(L1Index(index as u64), active.l1[index] | COPIED, false);
         }
     }
     Ok(())

@@ -22,7 +22,7 @@ impl Default for CrashBudget {
     }
 }
 
-/// The part of the effects that a crash kept: one flag for each sector of each write, one for each truncate.
+/// The part of the effects that a crash kept: one flag for each sector of each write, one for each change of the size.
 struct Kept {
     flags: Vec<bool>,
     /// First flag of each effect, and the end.
@@ -35,7 +35,7 @@ impl Kept {
         for (_, effect) in log {
             let units = match &effect.what {
                 What::Write { gone, .. } => gone.len(),
-                What::Truncate { .. } => 1,
+                What::Truncate { .. } | What::Extend { .. } => 1,
             };
             starts.push(starts[starts.len() - 1] + units);
         }
@@ -72,7 +72,8 @@ impl<'a> Builder<'a> {
                 self.truncated = true;
                 self.image.truncate(*size);
             }
-            What::Truncate { .. } => {}
+            What::Extend { size } if kept[0] => self.image.size = self.image.size.max(*size),
+            What::Truncate { .. } | What::Extend { .. } => {}
             What::Write { first_sector, content, end, gone } => {
                 // A run of sectors that were all kept at a time.
                 let is_kept = |i: &usize| kept[*i] && !gone[*i];

@@ -33,6 +33,10 @@ pub(super) enum What {
     Truncate {
         size: u64,
     },
+    /// As a truncate to a larger size, but never to a smaller one.
+    Extend {
+        size: u64,
+    },
 }
 
 /// An error to inject.
@@ -216,10 +220,11 @@ impl State {
             match &effect.what {
                 What::Truncate { size } => {
                     self.durable.truncate(*size);
-                    keep.retain(|e| !matches!(e.what, What::Truncate { .. }));
+                    keep.retain(|e| !matches!(e.what, What::Truncate { .. } | What::Extend { .. }));
                     let first_cut = size.div_ceil(SECTOR_BYTES as u64) as usize;
                     keep.iter_mut().for_each(|e| e.forget(first_cut..usize::MAX));
                 }
+                What::Extend { size } => self.durable.size = self.durable.size.max(*size),
                 What::Write { first_sector, content, end, gone } => {
                     for (i, sector) in content.chunks(SECTOR_BYTES).enumerate().filter(|(i, _)| !gone[*i]) {
                         self.durable.put_sectors(first_sector + i, sector, *end);
@@ -269,6 +274,16 @@ impl Storage for SimDisk {
     fn flush(&self) -> io::Result<()> {
         let token = self.begin_flush();
         self.end_flush(token)
+    }
+
+    fn extend(&self, size: u64) -> io::Result<()> {
+        let mut state = self.lock();
+        state.fault_for("truncate", size)?;
+        if state.current.size < size {
+            state.current.size = size;
+            state.push(What::Extend { size }, true);
+        }
+        Ok(())
     }
 
     fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
