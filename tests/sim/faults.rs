@@ -151,9 +151,9 @@ fn check(start: &Start, run: &Run, fault: Fault, label: &str) {
         _ => IoOp::Truncate,
     };
     match first {
-        // Punching is advice, and its failure is nobody's, as is that of a read while freed clusters are given back,
+        // Punching and extending ahead is advice, and its failure is nobody's, as is that of a read while freed clusters are given back,
         // which is tried again: the error is that of a later call, as the fault lasted.
-        Error::Io { op, errno, .. } if what == "punch" || what == "read" && *op != IoOp::Read => {
+        Error::Io { op, errno, .. } if matches!(what, "punch" | "extend") || what == "read" && *op != IoOp::Read => {
             assert_eq!((fault.sticky, *errno), (true, fault.errno), "{label}")
         }
         Error::Io { op, errno, offset: at } => {

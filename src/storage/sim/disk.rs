@@ -178,7 +178,7 @@ impl State {
         let index = self.calls;
         self.calls += 1;
         let Some(fault) = self.fault else { return Ok(()) };
-        if index == fault.index || fault.sticky && index > fault.index && matches!(what, "write" | "truncate") {
+        if index == fault.index || fault.sticky && index > fault.index && matches!(what, "write" | "truncate" | "extend") {
             self.failed.get_or_insert((what, offset));
             return Err(io::Error::from_raw_os_error(fault.errno));
         }
@@ -278,7 +278,7 @@ impl Storage for SimDisk {
 
     fn extend(&self, size: u64) -> io::Result<()> {
         let mut state = self.lock();
-        state.fault_for("truncate", size)?;
+        state.fault_for("extend", size)?;
         if state.current.size < size {
             state.current.size = size;
             state.push(What::Extend { size }, true);
