@@ -92,6 +92,18 @@ impl BitmapsPointer {
     }
 }
 
+/// Whether the extension area that starts at `start` ends with its mark inside `bytes`.
+pub(super) fn ends_inside(bytes: &[u8], start: u64) -> bool {
+    let mut at = start;
+    while at.saturating_add(HEAD_BYTES as u64) <= bytes.len() as u64 {
+        if be32(bytes, at as usize) == END {
+            return true;
+        }
+        at += HEAD_BYTES as u64 + u64::from(be32(bytes, at as usize + 4)).next_multiple_of(8);
+    }
+    false
+}
+
 /// Reads the extension area that starts at `start` and ends at `end` at the latest (both inside `bytes`).
 pub(super) fn parse_all(bytes: &[u8], start: usize, end: usize) -> Result<Vec<Extension>> {
     let mut list: Vec<Extension> = Vec::new();

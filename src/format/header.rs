@@ -585,6 +585,20 @@ fn parse_snapshots(bytes: &[u8]) -> Result<u32> {
     Ok(snapshots as u32)
 }
 
+/// Whether the start of a first cluster holds everything that [`Header::parse`] looks at. No is always right.
+pub fn holds_header(start: &[u8]) -> bool {
+    if start.len() < V3_LENGTH_MIN {
+        return false;
+    }
+    let backing = layout::BACKING_FILE_OFFSET.get(start);
+    if backing != 0 {
+        let end = backing.checked_add(layout::BACKING_FILE_SIZE.get(start));
+        return end.is_some_and(|end| end <= start.len() as u64);
+    }
+    let length = if layout::VERSION.get(start) == 2 { V2_LENGTH as u64 } else { layout::HEADER_LENGTH.get(start) };
+    extension::ends_inside(start, length)
+}
+
 /// The extensions, and the backing file name that they reach up to.
 fn parse_names(cluster: &[u8], header_length: usize) -> Result<(Option<BackingName>, Vec<Extension>)> {
     let offset = layout::BACKING_FILE_OFFSET.get(cluster);

@@ -39,7 +39,7 @@ fn accept_kind(file: File, path: &Path) -> Result<FileStorage> {
         let path = path.display().to_string();
         return Err(Error::Path { path, why: "is neither a regular file nor a block device" });
     }
-    Ok(FileStorage::new(file))
+    Ok(FileStorage::cached(file))
 }
 
 /// Where the names in an image start from, as the chain is walked down.

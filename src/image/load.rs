@@ -2,11 +2,11 @@
 
 use crate::error::{Error, IoOp, Result};
 use crate::format::Header;
-use crate::format::header::first_cluster_bytes;
+use crate::format::header::{first_cluster_bytes, holds_header};
 use crate::storage::{Io, IoDst, Storage};
 
-/// What is read first: the fields that tell how long the first cluster is lie in here, whatever its size.
-const FIRST_READ_BYTES: usize = 512;
+/// What is read first, and as a rule holds all that there is in the first cluster.
+const FIRST_READ_BYTES: usize = 4096;
 
 /// Reads and checks the header. What the image needs ([`Header::check_supported`]) and where its tables lie
 /// ([`Header::check_placement`]) are the caller's to check: an inspection shows images that cannot be used.
@@ -20,12 +20,14 @@ pub async fn load_header_leniently<I: Io>(io: &I, storage: &dyn Storage) -> Resu
     Header::parse_leniently(load_first_cluster(io, storage).await?)
 }
 
+/// The first cluster, or as much of it as a header can be parsed from with the same result.
 async fn load_first_cluster<I: Io>(io: &I, storage: &dyn Storage) -> Result<Vec<u8>> {
     let mut bytes = vec![0; FIRST_READ_BYTES];
     read_up_to(io, storage, &mut bytes, 0).await?;
     // At most 2 MiB: the size has been checked.
     let cluster = first_cluster_bytes(&bytes)? as usize;
-    if bytes.len() == FIRST_READ_BYTES && cluster > FIRST_READ_BYTES {
+    bytes.truncate(cluster);
+    if bytes.len() == FIRST_READ_BYTES && cluster > FIRST_READ_BYTES && !holds_header(&bytes) {
         let mut rest = vec![0; cluster - FIRST_READ_BYTES];
         read_up_to(io, storage, &mut rest, FIRST_READ_BYTES).await?;
         bytes.extend_from_slice(&rest);

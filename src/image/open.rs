@@ -20,7 +20,9 @@ use crate::alloc::Allocator;
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::format::Header;
-use crate::format::header::{AUTOCLEAR_BITMAPS, BackingName, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
+use crate::format::header::{
+    AUTOCLEAR_BITMAPS, BackingName, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY,
+};
 use crate::storage::lock::LockMode;
 use crate::storage::{Identity, Io, Storage};
 use crate::tables::Tables;
@@ -201,7 +203,9 @@ async fn accept_chain<I: Io>(
     loop {
         let depth = chain.len() as u32 - 1;
         let Some(Accepted::Qcow2 { name, file, header, data }) = chain.last_mut() else { break };
-        seen.extend(file.storage().identity());
+        if header.backing.is_some() || header.incompatible & INCOMPATIBLE_DATA_FILE != 0 {
+            seen.extend(file.storage().identity()); // it refers to others, which must not be it
+        }
         *data = find_data_file(header, depth, folder.as_ref(), &mut seen, options).map_err(|e| match e {
             // It tells of no file: so the file is told that misses one.
             e @ Error::DataFileMissing if depth > 0 => Error::Backing { name: name.clone(), source: Box::new(e) },

@@ -38,6 +38,11 @@ impl FileStorage {
         Self { file, is_locked: AtomicBool::new(false), direct }
     }
 
+    /// Takes over a file that was opened with the page cache.
+    pub fn cached(file: File) -> Self {
+        Self { file, is_locked: AtomicBool::new(false), direct: OnceLock::new() }
+    }
+
     /// The descriptor, for drivers that submit I/O themselves.
     pub fn fd(&self) -> RawFd {
         self.file.as_raw_fd()

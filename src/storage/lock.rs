@@ -17,6 +17,9 @@ const RESIZE: i64 = 3;
 const USED: i64 = 100;
 const NOT_SHARED: i64 = 200;
 
+/// First of bytes that follow each other, and how many. What holds for each of them can be had, and asked, at once.
+type Bytes = (i64, i64);
+
 /// What an opener does with a file and what it lets others do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LockMode {
@@ -34,36 +37,40 @@ pub enum LockMode {
 
 impl LockMode {
     /// What it does, and what others may not do.
-    fn uses(self) -> (&'static [i64], &'static [i64]) {
+    fn uses(self) -> (&'static [Bytes], &'static [Bytes]) {
+        const READS: Bytes = (CONSISTENT_READ, 1);
+        const READS_AND_WRITES: Bytes = (CONSISTENT_READ, 1 + WRITE - CONSISTENT_READ);
+        const WRITES: Bytes = (WRITE, 1);
+        const RESIZES: Bytes = (RESIZE, 1);
         match self {
-            Self::Writer => (&[CONSISTENT_READ, WRITE, RESIZE], &[WRITE, RESIZE]),
-            Self::Reader => (&[CONSISTENT_READ], &[WRITE, RESIZE]),
-            Self::Inspector => (&[], &[WRITE, RESIZE]),
-            Self::SharingReader => (&[CONSISTENT_READ], &[]),
-            Self::SharingWriter => (&[CONSISTENT_READ, WRITE, RESIZE], &[]),
+            Self::Writer => (&[READS_AND_WRITES, RESIZES], &[WRITES, RESIZES]),
+            Self::Reader => (&[READS], &[WRITES, RESIZES]),
+            Self::Inspector => (&[], &[WRITES, RESIZES]),
+            Self::SharingReader => (&[READS], &[]),
+            Self::SharingWriter => (&[READS_AND_WRITES, RESIZES], &[]),
         }
     }
 }
 
-fn byte_lock(kind: libc::c_int, byte: i64) -> libc::flock {
+fn byte_lock(kind: libc::c_int, base: i64, (first, count): Bytes) -> libc::flock {
     // SAFETY: all-zero is a valid flock.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = kind as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
-    lock.l_start = byte;
-    lock.l_len = 1;
+    lock.l_start = base + first;
+    lock.l_len = count;
     lock
 }
 
-fn set(fd: RawFd, kind: libc::c_int, byte: i64) -> io::Result<()> {
-    let lock = byte_lock(kind, byte);
+fn set(fd: RawFd, kind: libc::c_int, base: i64, bytes: Bytes) -> io::Result<()> {
+    let lock = byte_lock(kind, base, bytes);
     // SAFETY: a descriptor of the caller's and a flock that lives through the call.
     let done = unsafe { libc::fcntl(fd, libc::F_OFD_SETLK, &raw const lock) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn is_held_by_another(fd: RawFd, byte: i64) -> io::Result<bool> {
-    let mut lock = byte_lock(libc::F_WRLCK, byte);
+fn is_held_by_another(fd: RawFd, base: i64, bytes: Bytes) -> io::Result<bool> {
+    let mut lock = byte_lock(libc::F_WRLCK, base, bytes);
     // SAFETY: a descriptor of the caller's and a flock that lives through the call.
     let done = unsafe { libc::fcntl(fd, libc::F_OFD_GETLK, &raw mut lock) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(i32::from(lock.l_type) != libc::F_UNLCK) }
@@ -80,18 +87,28 @@ pub fn acquire(fd: RawFd, mode: LockMode) -> io::Result<bool> {
 
 fn try_acquire(fd: RawFd, mode: LockMode) -> io::Result<bool> {
     let (used, not_shared) = mode.uses();
-    let own = used.iter().map(|n| USED + n).chain(not_shared.iter().map(|n| NOT_SHARED + n));
-    for byte in own {
-        match set(fd, libc::F_RDLCK, byte) {
+    let own = used.iter().map(|n| (USED, n)).chain(not_shared.iter().map(|n| (NOT_SHARED, n)));
+    for (base, bytes) in own {
+        match set(fd, libc::F_RDLCK, base, *bytes) {
             Ok(()) => {}
             // Somebody holds a write lock there, which nobody who follows these rules does.
             Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => return Ok(false),
             Err(e) => return Err(e),
         }
     }
-    let contradicting = used.iter().map(|n| NOT_SHARED + n).chain(not_shared.iter().map(|n| USED + n));
-    for byte in contradicting {
-        if is_held_by_another(fd, byte)? {
+    // Nearly always nobody holds anything there; two questions tell that, and only otherwise each byte is asked for.
+    let is_free = |base, bytes: &[Bytes]| match (bytes.first(), bytes.last()) {
+        (Some(first), Some(last)) => {
+            is_held_by_another(fd, base, (first.0, last.0 + last.1 - first.0)).map(|held| !held)
+        }
+        _ => Ok(true),
+    };
+    if is_free(NOT_SHARED, used)? && is_free(USED, not_shared)? {
+        return Ok(true);
+    }
+    let contradicting = used.iter().map(|n| (NOT_SHARED, n)).chain(not_shared.iter().map(|n| (USED, n)));
+    for (base, bytes) in contradicting {
+        if is_held_by_another(fd, base, *bytes)? {
             return Ok(false);
         }
     }
@@ -100,11 +117,9 @@ fn try_acquire(fd: RawFd, mode: LockMode) -> io::Result<bool> {
 
 /// Gives back all locks of this description.
 pub fn release(fd: RawFd) {
-    for n in [CONSISTENT_READ, WRITE, RESIZE] {
-        for byte in [USED + n, NOT_SHARED + n] {
-            // Nothing to be done if it fails: closing the descriptor gives them back as well.
-            let _ = set(fd, libc::F_UNLCK, byte);
-        }
+    for base in [USED, NOT_SHARED] {
+        // Nothing to be done if it fails: closing the descriptor gives them back as well.
+        let _ = set(fd, libc::F_UNLCK, base, (CONSISTENT_READ, 1 + RESIZE));
     }
 }
 

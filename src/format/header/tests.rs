@@ -77,6 +77,41 @@ fn what_is_encoded_is_parsed_again() {
 }
 
 #[test]
+fn what_holds_a_header_is_parsed_as_the_whole_cluster_is() {
+    let mut long = plain(3);
+    long.extensions = vec![extension::feature_names(), ext(0x1234_5678, &[7; 300]), ext(9, b"last")];
+    let mut behind = long.clone();
+    behind.backing = backing("../base.img", Some("raw"));
+    let mut v2 = plain(2);
+    v2.extensions = vec![ext(BACKING_FORMAT, b"qcow2")];
+    v2.backing = backing("b", Some("qcow2"));
+    for header in [plain(2), plain(3), long, behind, v2] {
+        let mut bytes = header.encode().unwrap();
+        let used = bytes.len();
+        bytes.resize(4096, 0);
+        let enough: Vec<usize> = (0..=bytes.len()).filter(|&n| super::holds_header(&bytes[..n])).collect();
+        for &n in &enough {
+            assert_eq!(Header::parse(&bytes[..n]).unwrap(), Header::parse(&bytes).unwrap(), "from {n} bytes");
+        }
+        let first = enough[0];
+        assert_eq!(enough.len(), bytes.len() - first + 1, "more is enough as well");
+        assert!(first <= used.max(104), "{first} bytes are asked for, and {used} are used");
+        // Damaged: whatever the prefix says, the result is that of the whole cluster.
+        for at in (0..used).step_by(3) {
+            for value in [0, 1, 0x7f, 0xff] {
+                let mut damaged = bytes.clone();
+                damaged[at] = value;
+                for n in [104, 200, 512, 1000].into_iter().filter(|&n| super::holds_header(&damaged[..n])) {
+                    let (part, whole) = (Header::parse(&damaged[..n]), Header::parse(&damaged));
+                    let same = part == whole || part.is_err() && whole.is_err();
+                    assert!(same, "byte {at} is {value}, {n} bytes: {part:?}, and of all: {whole:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn the_format_of_the_backing_file_follows_the_backing_file() {
     let mut header = plain(3);
     header.extensions = vec![extension::feature_names()];

@@ -178,7 +178,9 @@ impl State {
         let index = self.calls;
         self.calls += 1;
         let Some(fault) = self.fault else { return Ok(()) };
-        if index == fault.index || fault.sticky && index > fault.index && matches!(what, "write" | "truncate" | "extend") {
+        if index == fault.index
+            || fault.sticky && index > fault.index && matches!(what, "write" | "truncate" | "extend")
+        {
             self.failed.get_or_insert((what, offset));
             return Err(io::Error::from_raw_os_error(fault.errno));
         }
