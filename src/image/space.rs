@@ -23,16 +23,16 @@ impl Image {
     /// costs space only; what it finds to be wrong is an error.
     pub(super) async fn trim_file<I: Io>(&self, io: &I) -> Result<()> {
         let tables = self.active();
-        let has_extended = tables.refcounts.with(|state| state.has_extended());
-        if !self.unmap && !has_extended {
-            return Ok(());
-        }
+        let (has_freed, untouched) =
+            tables.refcounts.with(|state| (state.has_freed, state.untouched_from().filter(|_| state.has_extended())));
+        let looks = self.unmap && has_freed;
         let cut = async {
-            let mut end = used_end(io, tables).await?;
-            if !self.unmap {
-                // What was freed stays; what nobody had goes.
-                end = tables.refcounts.with(|state| state.untouched_from()).map_or(end, |from| end.max(from));
-            }
+            let end = match untouched {
+                // What was made longer ahead and nobody had is known without a look at the counts.
+                Some(untouched) if !looks => untouched,
+                _ if looks => used_end(io, tables).await?,
+                _ => return Ok(()),
+            };
             if tables.refcounts.with(|state| state.waits_for_write()) {
                 tables.flush(io).await?; // blocks were dropped
             }

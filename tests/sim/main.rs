@@ -7,6 +7,7 @@ mod qemu;
 #[path = "../stage/mod.rs"]
 mod stage;
 
+mod ahead;
 mod alphabet;
 mod bitmap_crash;
 mod campaign;

@@ -77,6 +77,7 @@ pub fn cases() -> Vec<Case> {
         case("64 KiB", 16, ""),
         Case { compressed: true, ..case("64 KiB, compressed", 16, "") },
         case("16 KiB, extended", 14, "extended_l2=on"),
+        case("64 KiB, extended", 16, "extended_l2=on"),
         Case { backing: true, ..case("16 KiB, extended, backing", 14, "extended_l2=on") },
         Case { snapshots: 1, ..case("16 KiB, extended, snapshot", 14, "extended_l2=on,refcount_bits=64") },
         Case { snapshots: 1, compressed: true, backing: true, ..case("64 KiB, extended, all", 16, "extended_l2=on") },

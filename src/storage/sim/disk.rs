@@ -57,6 +57,7 @@ pub(super) struct State {
     pub(super) log: Vec<Effect>,
     changes: u64,
     calls: u64,
+    flushes: u64,
     fault: Option<Fault>,
     failed: Option<(&'static str, u64)>,
 }
@@ -102,6 +103,11 @@ impl SimDisk {
     /// Calls so far (see [`Fault::index`]).
     pub fn calls(&self) -> u64 {
         self.lock().calls
+    }
+
+    /// Flushes so far.
+    pub fn flushes(&self) -> u64 {
+        self.lock().flushes
     }
 
     /// Arms a fault, or none. Calls are counted on.
@@ -154,6 +160,7 @@ impl SimDisk {
     /// Starts a flush: it covers what has completed by now.
     pub(super) fn begin_flush(&self) -> FlushToken {
         let mut state = self.lock();
+        state.flushes += 1;
         let errno = state.fault_for("flush", 0).err().and_then(|e| e.raw_os_error());
         let covers = state.log.iter().filter(|e| e.completed && !e.dropped).map(|e| e.id).collect();
         FlushToken { covers, errno }
