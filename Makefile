@@ -59,7 +59,7 @@ check: build
 # BENCH_DIRS="MEMORY DISK": where (default: /dev/shm and the folder for temporary files). BENCH_ARGS: more for run.py.
 BENCH_DIRS ?=
 BENCH_ARGS ?=
-BENCH_PROGRAMS := $(addprefix build/bench/,driver driver-heap queue large check)
+BENCH_PROGRAMS := $(addprefix build/bench/,driver driver-heap queue large check $(basename $(notdir $(wildcard benches/compressed.c))))
 bench: bench-driver $(if $(filter-out 0,$(BENCH_QUICK)),,bench-peers)
 	python3 benches/run.py --no-build $(if $(filter-out 0,$(PLOT)),--plot build/bench/table.svg) $(BENCH_ARGS) $(BENCH_DIRS)
 

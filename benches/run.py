@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -94,6 +95,7 @@ def arguments():
 
 def main():
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folders are removed
     if not options.no_build:
         targets = ["bench-driver"] if options.quick else ["bench-driver", "bench-peers"]
         subprocess.run(["make", "-s", "-C", str(ROOT), *targets], check=True)

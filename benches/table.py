@@ -129,7 +129,7 @@ file, used by the same system calls, is 1, and where QEMU (`qemu-img bench`, `qe
 {peers} reach is their speed where raw is 1. A flush is not part of the time, as in
 `qemu-img bench`, unless said; "with flush" is the speed where raw is 1 and both end in one flush.
 Over a backing file raw is the least that copying on write does: reading the subcluster from it (where that is larger than
-the block), and writing it into an empty file. "open and close": raw opens, reads 4 KiB, closes. "check": raw is a minimal
+the block), and writing it into an empty file. Where ours has 2 threads, so has raw. "open and close": raw opens, reads 4 KiB, closes. "check": raw is a minimal
 pass over the same metadata in C. Images have subclusters (extended_l2) of 128 KiB clusters unless said; the peers have no
 subclusters and get standard clusters of 64 KiB. imago makes blocking calls inside of its asynchronous ones: its depth is 1
 always. qcow2-rs runs on tokio-uring where the depth is not 1."""

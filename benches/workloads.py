@@ -31,7 +31,6 @@ class Workload:
     fresh_image: bool = False  # another copy of it for each run
     rounds: int | None = None  # pairs in a run of the program, where the default is too much
     alone: str | None = None  # the same call with one thread, for what a second thread adds
-    note: str = ""
 
     @property
     def is_image_checked(self):
@@ -42,6 +41,8 @@ class Workload:
         """Small enough for a test of function: every step is taken, times mean nothing."""
         if self.program == "large":
             return {key: 20 for key in self.settings if key == "ops"}
+        if self.program == "compressed":
+            return {"size_mib": 16}
         return {"size_mib": 64, "ops": 32} if self.is_image_checked else {}
 
 
@@ -50,8 +51,9 @@ def bench(depth=1, block=4096, count=50000, step=SEQUENTIAL_MISSES, **more):
     return {"does": "bench", "depth": depth, "block": block, "count": count, "step": step, **more}
 
 
-def peer(call, **settings):
-    return {"call": call, **settings}
+def peer(call, ops=50000, **settings):
+    """benches/peers."""
+    return {"call": call, "ops": ops, **settings}
 
 
 def allocating(label, depth, options, raw_target, qemu_target, ops=16384, size_mib=2048, scatter=128 * KIB, medium=MEMORY,
@@ -82,16 +84,16 @@ def sequential(medium):
 
 def in_place_in_memory():
     read, write = bench(), bench(write=True)
-    yield Workload("random read", "driver", "read-4k", options=SUBCLUSTERED, qemu=read, peer=peer("read"),
+    one, two = {"ops": 100000}, {"ops": 200000}
+    yield Workload("random read", "driver", "read-4k", settings=one, options=SUBCLUSTERED, qemu=read, peer=peer("read"),
                    raw_target=0.95, qemu_target=25)
-    yield Workload("random read, 2 threads", "driver", "read-4k-2-threads", options=SUBCLUSTERED, raw_target=0.95,
-                   alone="read-4k", note="raw has 2 threads as well")
+    yield Workload("random read, 2 threads", "driver", "read-4k-2-threads", settings=two, options=SUBCLUSTERED,
+                   raw_target=0.95, alone="read-4k")
     yield Workload("random read, queue, depth 32", "queue", "read", settings={"depth": 32}, options=SUBCLUSTERED,
                    qemu=bench(32), peer=peer("read", depth=32), raw_target=1.0, qemu_target=5)
-    yield Workload("random overwrite", "driver", "overwrite-4k", options=SUBCLUSTERED, qemu=write, peer=peer("write"),
+    yield Workload("random overwrite", "driver", "overwrite-4k", settings=one, options=SUBCLUSTERED, qemu=write, peer=peer("write"),
                    raw_target=0.95, qemu_target=25)
-    yield Workload("random overwrite, 2 threads", "driver", "overwrite-4k-2-threads", options=SUBCLUSTERED,
-                   note="raw has 2 threads as well")
+    yield Workload("random overwrite, 2 threads", "driver", "overwrite-4k-2-threads", settings=two, options=SUBCLUSTERED)
     yield Workload("random overwrite, queue, depth 32", "queue", "overwrite", settings={"depth": 32}, options=SUBCLUSTERED,
                    qemu=bench(32, write=True), peer=peer("write", depth=32), raw_target=1.0, qemu_target=5)
 
@@ -113,7 +115,7 @@ def large_disks():
     reopen = {"does": "reopen"}
     for what, image in (("1 GiB", "empty-1G"), ("1 TiB", "empty-1T"), ("1 TiB, 16 M clusters", "full-1T")):
         yield Workload(f"open and close, {what}", "large", "open", settings={"ops": 200}, qemu=reopen, peer=peer("open", ops=50),
-                       raw_target=0.4, qemu_target=30, image=image, note="raw: open, read 4 KiB, close")
+                       raw_target=0.4, qemu_target=30, image=image)
     cold = {"does": "cold", "depth": 32, "count": 50000, "step": SLICE_STEP}
     yield Workload("random read with a cold map, 1 TiB, 16 M clusters, queue, depth 32", "large", "cold", qemu=cold,
                    settings={"depth": 32, "ops": 50000, "step": SLICE_STEP}, qemu_target=3, image="full-1T", rounds=1)
@@ -123,7 +125,7 @@ def large_disks():
                    image="full-1T", fresh_image=True, rounds=1)
     for what, image in (("1 M", "full-64G"), ("16 M", "full-1T")):
         yield Workload(f"check, {what} clusters", "check", "all", qemu={"does": "check"}, raw_target=1 / 1.5, qemu_target=10,
-                       image=image, note="raw: a minimal pass over the same metadata")
+                       image=image)
 
 
 def on_disk():
@@ -146,8 +148,8 @@ def on_disk():
                    raw_target=0.55, qemu_target=1.5)
 
 
-# Measured by benches/compressed.c, where there is such a program: `compressed CALL FOLDER [rounds=N] [ops=N]`, the same
-# JSON lines. Its raw side is the codec alone; it may print lines of a side "qemu" itself.
+# Measured by benches/compressed.c, where there is such a program: `compressed CALL FOLDER [rounds=N] [size_mib=N]`, the
+# same JSON lines. Its raw side is the codec alone; it prints lines of a side "qemu" itself.
 COMPRESSED = [
     Workload("sequential read, compressed with zlib, queue", "compressed", "read-zlib", raw_target=0.9, qemu_target=2.5),
     Workload("sequential read, compressed with zstd, queue", "compressed", "read-zstd", raw_target=0.9, qemu_target=2),
