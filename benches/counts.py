@@ -25,8 +25,9 @@ def system_calls(call, options, folder, ops, is_mapped):
 
 
 def heap_calls(call, options, folder, ops):
-    command = [BUILT / "driver-heap", call, folder.path, *words(options), "only=ours", "rounds=2", f"ops={ops}", "size_mib=64"]
     # The second round: what a cache holds is there by then.
+    settings = {"only": "ours", "rounds": 2, "ops": ops, "size_mib": 64}
+    command = [BUILT / "driver-heap", call, folder.path, *words(settings), *words(options)]
     return json.loads(output_of(command).splitlines()[-1])["heap_calls"]
 
 

@@ -124,15 +124,15 @@ def remarks(measurement):
 
 FOOTNOTES = """\
 Medians (quartiles) of the ratios of neighbouring rounds: the sides take turns. Operations are of 4 KiB unless said, one
-at a time by the blocking calls unless said. "ours": the time of one operation. Speeds are those of ours, where the raw
-file, used by the same system calls, is 1, and where QEMU (`qemu-img bench`, `qemu-io`, `qemu-img check`) is 1; what
-{peers} reach is their speed where raw is 1. A flush is not part of the time, as in
-`qemu-img bench`, unless said; "with flush" is the speed where raw is 1 and both end in one flush.
-Over a backing file raw is the least that copying on write does: reading the subcluster from it (where that is larger than
-the block), and writing it into an empty file. Where ours has 2 threads, so has raw. "open and close": raw opens, reads 4 KiB, closes. "check": raw is a minimal
-pass over the same metadata in C. Images have subclusters (extended_l2) of 128 KiB clusters unless said; the peers have no
-subclusters and get standard clusters of 64 KiB. imago makes blocking calls inside of its asynchronous ones: its depth is 1
-always. qcow2-rs runs on tokio-uring where the depth is not 1."""
+at a time by the blocking calls unless said. "ours" is the time of one. Speeds are those of ours where the raw file, used
+by the same system calls, is 1, and where QEMU (qemu-img bench, qemu-io, qemu-img check) is 1; for the peers, {peers},
+their speed where raw is 1. A flush is no part of the time unless said, as in qemu-img bench; "with flush" is the speed
+where raw is 1 and both end in one flush.
+Over a backing file raw is the least that copying on write does: reading the subcluster from it (where that is larger
+than the block), and writing it into an empty file. Where ours has 2 threads, so has raw. "open and close": raw opens,
+reads 4 KiB, closes. "check": raw is a minimal pass over the same metadata in C. Images have subclusters (extended_l2) of
+128 KiB clusters unless said; the peers know none and get standard clusters of 64 KiB. imago makes blocking calls inside
+of its asynchronous ones: its depth is 1 always. qcow2-rs runs on tokio-uring where the depth is not 1."""
 
 
 def footnotes(missing):
@@ -175,9 +175,10 @@ def text(measurements, missing, loads, has_verdicts):
     rows = [HEADINGS, *(row(m) for m in measurements)]
     if not has_verdicts:
         rows = [[cell for column, cell in enumerate(cells) if HEADINGS[column] != "target"] for cells in rows]
-    notes = [line for m in measurements for line in remarks(m)] if has_verdicts else ["BENCH_QUICK: times mean nothing."]
-    parts = [aligned(rows), *(f"{line}\n" for line in notes), "\n", footnotes(missing), "\n", f"{machine()}. {busy(loads)}\n"]
-    return "".join(parts)
+    notes = ["BENCH_QUICK: times mean nothing."]
+    if has_verdicts:
+        notes = [line for m in measurements for line in remarks(m)]
+    return "\n".join([aligned(rows), *notes, "", footnotes(missing), f"{machine()}. {busy(loads)}\n"])
 
 
 def markdown(measurements, missing, loads):
@@ -197,5 +198,5 @@ def markdown(measurements, missing, loads):
 
 def as_data(measurements):
     """For --json: every round, and what became of it."""
-    return [{"workload": m.workload.label, "folder": m.kind, "cells": dict(zip(map(str, range(len(HEADINGS))), row(m))),
-             "targets": {"raw": m.workload.raw_target, "qemu": m.workload.qemu_target}, "runs": m.runs} for m in measurements]
+    return [{"workload": m.workload.label, "folder": m.kind, "cells": row(m), "runs": m.runs,
+             "targets": {"raw": m.workload.raw_target, "qemu": m.workload.qemu_target}} for m in measurements]

@@ -78,8 +78,8 @@ def sequential(medium):
         for call, what, write, fresh in (("read-seq", "read", False, False), ("overwrite-seq", "overwrite", True, False),
                                          ("allocate-seq", "allocating write", True, True)):
             yield Workload(f"sequential {what}, {shown}{where}", "driver", f"{call}-{word}", medium, settings, SUBCLUSTERED,
-                           bench(**theirs, write=write, fresh=fresh), peer("write" if write else "read", fresh=fresh, **others),
-                           raw_target=0.95, qemu_target=1.0)
+                           bench(**theirs, write=write, fresh=fresh),
+                           peer("write" if write else "read", fresh=fresh, **others), raw_target=0.95, qemu_target=1.0)
 
 
 def in_place_in_memory():
@@ -91,8 +91,8 @@ def in_place_in_memory():
                    raw_target=0.95, alone="read-4k")
     yield Workload("random read, queue, depth 32", "queue", "read", settings={"depth": 32}, options=SUBCLUSTERED,
                    qemu=bench(32), peer=peer("read", depth=32), raw_target=1.0, qemu_target=5)
-    yield Workload("random overwrite", "driver", "overwrite-4k", settings=one, options=SUBCLUSTERED, qemu=write, peer=peer("write"),
-                   raw_target=0.95, qemu_target=25)
+    yield Workload("random overwrite", "driver", "overwrite-4k", settings=one, options=SUBCLUSTERED, qemu=write,
+                   peer=peer("write"), raw_target=0.95, qemu_target=25)
     yield Workload("random overwrite, 2 threads", "driver", "overwrite-4k-2-threads", settings=two, options=SUBCLUSTERED)
     yield Workload("random overwrite, queue, depth 32", "queue", "overwrite", settings={"depth": 32}, options=SUBCLUSTERED,
                    qemu=bench(32, write=True), peer=peer("write", depth=32), raw_target=1.0, qemu_target=5)
@@ -114,8 +114,8 @@ def allocating_in_memory():
 def large_disks():
     reopen = {"does": "reopen"}
     for what, image in (("1 GiB", "empty-1G"), ("1 TiB", "empty-1T"), ("1 TiB, 16 M clusters", "full-1T")):
-        yield Workload(f"open and close, {what}", "large", "open", settings={"ops": 200}, qemu=reopen, peer=peer("open", ops=50),
-                       raw_target=0.4, qemu_target=30, image=image)
+        yield Workload(f"open and close, {what}", "large", "open", settings={"ops": 200}, qemu=reopen,
+                       peer=peer("open", ops=50), raw_target=0.4, qemu_target=30, image=image)
     cold = {"does": "cold", "depth": 32, "count": 50000, "step": SLICE_STEP}
     yield Workload("random read with a cold map, 1 TiB, 16 M clusters, queue, depth 32", "large", "cold", qemu=cold,
                    settings={"depth": 32, "ops": 50000, "step": SLICE_STEP}, qemu_target=3, image="full-1T", rounds=1)
@@ -130,11 +130,11 @@ def large_disks():
 
 def on_disk():
     for depth, qemu_target, count in ((1, 1.0, 10000), (32, 1.1, 50000), (64, 1.1, 50000)):
-        yield Workload(f"random read, O_DIRECT, depth {depth}", "queue", "read", DISK, {"depth": depth, "direct": 1, "ops": count},
-                       SUBCLUSTERED, bench(depth, count=count, direct=True), peer("read", depth=depth, ops=count),
+        yield Workload(f"random read, O_DIRECT, depth {depth}", "queue", "read", DISK,
+                       {"depth": depth, "direct": 1, "ops": count}, SUBCLUSTERED, bench(depth, count=count, direct=True), peer("read", depth=depth, ops=count),
                        raw_target=0.98, qemu_target=qemu_target)
-    yield Workload("random overwrite, O_DIRECT, depth 32", "queue", "overwrite", DISK, {"depth": 32, "direct": 1, "ops": 50000},
-                   SUBCLUSTERED, bench(32, count=50000, write=True, direct=True), peer("write", depth=32, ops=50000),
+    yield Workload("random overwrite, O_DIRECT, depth 32", "queue", "overwrite", DISK,
+                   {"depth": 32, "direct": 1, "ops": 50000}, SUBCLUSTERED, bench(32, count=50000, write=True, direct=True), peer("write", depth=32, ops=50000),
                    raw_target=0.98, qemu_target=1.1)
     for depth, qemu_target, ops, size_mib in ((1, 1.1, 4096, 512), (32, 5, 16384, 2048)):
         yield allocating(f"allocating write, 128 KiB clusters, O_DIRECT, depth {depth}", depth, SUBCLUSTERED, 1.0, qemu_target,
@@ -142,8 +142,8 @@ def on_disk():
     for depth, qemu_target in ((1, 1.0), (32, 2.5)):
         yield allocating(f"the same over a backing file, O_DIRECT, depth {depth}", depth, SUBCLUSTERED, 0.9, qemu_target,
                          ops=4096, size_mib=512, medium=DISK, direct=1, backing=1)
-    yield Workload("allocating write with a flush after each", "driver", "allocate-4k-flush-each", DISK, {"ops": 200}, SUBCLUSTERED,
-                   bench(count=200, step=128 * KIB, write=True, fresh=True, flush_each=True),
+    yield Workload("allocating write with a flush after each", "driver", "allocate-4k-flush-each", DISK, {"ops": 200},
+                   SUBCLUSTERED, bench(count=200, step=128 * KIB, write=True, fresh=True, flush_each=True),
                    peer("write", order="once", fresh=True, ops=200, size=2048 * MIB, flush_each=1),
                    raw_target=0.55, qemu_target=1.5)
 
