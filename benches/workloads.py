@@ -131,10 +131,12 @@ def large_disks():
 def on_disk():
     for depth, qemu_target, count in ((1, 1.0, 10000), (32, 1.1, 50000), (64, 1.1, 50000)):
         yield Workload(f"random read, O_DIRECT, depth {depth}", "queue", "read", DISK,
-                       {"depth": depth, "direct": 1, "ops": count}, SUBCLUSTERED, bench(depth, count=count, direct=True), peer("read", depth=depth, ops=count),
+                       {"depth": depth, "direct": 1, "ops": count}, SUBCLUSTERED,
+                       bench(depth, count=count, direct=True), peer("read", depth=depth, ops=count),
                        raw_target=0.98, qemu_target=qemu_target)
     yield Workload("random overwrite, O_DIRECT, depth 32", "queue", "overwrite", DISK,
-                   {"depth": 32, "direct": 1, "ops": 50000}, SUBCLUSTERED, bench(32, count=50000, write=True, direct=True), peer("write", depth=32, ops=50000),
+                   {"depth": 32, "direct": 1, "ops": 50000}, SUBCLUSTERED,
+                   bench(32, count=50000, write=True, direct=True), peer("write", depth=32, ops=50000),
                    raw_target=0.98, qemu_target=1.1)
     for depth, qemu_target, ops, size_mib in ((1, 1.1, 4096, 512), (32, 5, 16384, 2048)):
         yield allocating(f"allocating write, 128 KiB clusters, O_DIRECT, depth {depth}", depth, SUBCLUSTERED, 1.0, qemu_target,
