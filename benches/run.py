@@ -59,13 +59,21 @@ def measure(workload, folder, runs, rounds, has_peers):
 def measure_all(folders, options):
     has_peers = not options.quick and (BUILT / "peers").exists()
     wanted = [w for w in WORKLOADS if is_possible(w) and (not options.only or re.search(options.only, w.label))]
-    measurements = []
-    for workload in wanted:
-        started = time.monotonic()
-        measurements.append(measure(workload, folders[workload.medium], options.runs, options.rounds, has_peers))
-        if not options.quick:
-            print(f"  {workload.label}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return measurements
+    measurements, is_whole = [], False
+    try:
+        for workload in wanted:
+            started = time.monotonic()
+            measurements.append(measure(workload, folders[workload.medium], options.runs, options.rounds, has_peers))
+            if not options.quick:
+                print(f"  {workload.label}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        is_whole = True
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(measurements)} of {len(wanted)} lines were measured", file=sys.stderr)
+    return measurements, is_whole
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def missing(options):
@@ -95,7 +103,7 @@ def arguments():
 
 def main():
     options = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folders are removed
+    signal.signal(signal.SIGTERM, interrupt)  # what was measured until then is shown, and the folders are removed
     if not options.no_build:
         targets = ["bench-driver"] if options.quick else ["bench-driver", "bench-peers"]
         subprocess.run(["make", "-s", "-C", str(ROOT), *targets], check=True)
@@ -105,10 +113,10 @@ def main():
     with (tempfile.TemporaryDirectory(prefix="qcow2-bench-", dir=bases[0]) as in_memory,
           tempfile.TemporaryDirectory(prefix="qcow2-bench-", dir=bases[1]) as on_disk):
         folders = {MEMORY: Folder(in_memory, options.quick), DISK: Folder(on_disk, options.quick)}
-        measurements = measure_all(folders, options)
+        measurements, is_whole = measure_all(folders, options)
         loads.append(table.load())
         print(table.text(measurements, missing(options), loads, has_verdicts=not options.quick), flush=True)
-        wrong = counts.judge(folders[MEMORY]) if not options.only else []
+        wrong = counts.judge(folders[MEMORY]) if is_whole and not options.only else []
     if options.json:
         Path(options.json).write_text(json.dumps(table.as_data(measurements), indent=1))
     if options.markdown:
@@ -117,7 +125,7 @@ def main():
         Path(options.plot).write_text(picture.draw(measurements, table.machine()))
     for fault in wrong:
         print(f"WRONG: {fault}", file=sys.stderr)
-    return 1 if wrong else 0
+    return 1 if wrong else 0 if is_whole else 130
 
 
 if __name__ == "__main__":

@@ -129,21 +129,21 @@ def large_disks():
 
 
 def on_disk():
-    for depth, qemu_target, count in ((1, 1.0, 10000), (32, 1.1, 50000), (64, 1.1, 50000)):
+    for depth, qemu_target, count in ((1, 1.0, 5000), (32, 1.1, 30000), (64, 1.1, 30000)):
         yield Workload(f"random read, O_DIRECT, depth {depth}", "queue", "read", DISK,
                        {"depth": depth, "direct": 1, "ops": count}, SUBCLUSTERED,
                        bench(depth, count=count, direct=True), peer("read", depth=depth, ops=count),
                        raw_target=0.98, qemu_target=qemu_target)
     yield Workload("random overwrite, O_DIRECT, depth 32", "queue", "overwrite", DISK,
-                   {"depth": 32, "direct": 1, "ops": 50000}, SUBCLUSTERED,
-                   bench(32, count=50000, write=True, direct=True), peer("write", depth=32, ops=50000),
+                   {"depth": 32, "direct": 1, "ops": 30000}, SUBCLUSTERED,
+                   bench(32, count=30000, write=True, direct=True), peer("write", depth=32, ops=30000),
                    raw_target=0.98, qemu_target=1.1)
-    for depth, qemu_target, ops, size_mib in ((1, 1.1, 4096, 512), (32, 5, 16384, 2048)):
+    for depth, qemu_target, ops, size_mib in ((1, 1.1, 2048, 256), (32, 5, 4096, 512)):
         yield allocating(f"allocating write, 128 KiB clusters, O_DIRECT, depth {depth}", depth, SUBCLUSTERED, 1.0, qemu_target,
                          ops=ops, size_mib=size_mib, medium=DISK, direct=1, has_peers=True)
     for depth, qemu_target in ((1, 1.0), (32, 2.5)):
         yield allocating(f"the same over a backing file, O_DIRECT, depth {depth}", depth, SUBCLUSTERED, 0.9, qemu_target,
-                         ops=4096, size_mib=512, medium=DISK, direct=1, backing=1)
+                         ops=2048, size_mib=256, medium=DISK, direct=1, backing=1)
     yield Workload("allocating write with a flush after each", "driver", "allocate-4k-flush-each", DISK, {"ops": 200},
                    SUBCLUSTERED, bench(count=200, step=128 * KIB, write=True, fresh=True, flush_each=True),
                    peer("write", order="once", fresh=True, ops=200, size=2048 * MIB, flush_each=1),
