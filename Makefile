@@ -19,7 +19,7 @@ CARGO_TARGET := $(or $(CARGO_TARGET_DIR),target)
 comma := ,
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: build demo check crash fuzz bench bench-check bench-driver install header clean fmt archive
+.PHONY: build demo check crash fuzz bench bench-check bench-driver bench-peers install header clean fmt archive
 
 build: $(SO)
 
@@ -54,28 +54,27 @@ demo: build/subcluster_write
 check: build
 	@CC='$(CC)' CARGO='$(CARGO)' MAKE='$(MAKE)' JOBS=$(JOBS) tests/check
 
-# What the library costs over the raw system calls. BENCH_QUICK=1: only whether it all works.
-# BENCH_DIRS="FOLDER...": where (default: /dev/shm and the folder for temporary files).
-bench: bench-driver
-	python3 benches/run.py --no-build $(BENCH_DIRS)
+# What the library costs over the raw system calls, beside QEMU and other libraries, in one table (benches/run.py says
+# more). BENCH_QUICK=1: only whether it all works. PLOT=1: the table as a picture too, build/bench/table.svg.
+# BENCH_DIRS="MEMORY DISK": where (default: /dev/shm and the folder for temporary files). BENCH_ARGS: more for run.py.
+BENCH_DIRS ?=
+BENCH_ARGS ?=
+BENCH_PROGRAMS := $(addprefix build/bench/,driver driver-heap queue large check $(basename $(notdir $(wildcard benches/compressed.c))))
+bench: bench-driver $(if $(filter-out 0,$(BENCH_QUICK)),,bench-peers)
+	python3 benches/run.py --no-build $(if $(filter-out 0,$(PLOT)),--plot build/bench/table.svg) $(BENCH_ARGS) $(BENCH_DIRS)
 
-# What a check costs beside the least that it has to do, and beside qemu-img. Needs qemu-img to make its images.
-BENCH_CHECK_DIR ?= $(or $(TMPDIR),/dev/shm)
-build/bench-check: benches/check.c include/qcow2.h $(SO)
-	$(CC) -std=gnu11 -O2 -Wall -Wextra -Werror -Iinclude $< -o $@ -Lbuild -lqcow2 -Wl,-rpath,'$$ORIGIN'
+# What a check costs beside the least that it has to do, and beside qemu-img.
+bench-check: bench-driver
+	python3 benches/run.py --no-build --only '^check' $(BENCH_DIRS)
 
-bench-check: build/bench-check
-	@folder=$$(mktemp -d -p $(BENCH_CHECK_DIR)) && trap "rm -rf $$folder" EXIT && for size in 64G 1T; do \
-	    qemu-img create -q -f qcow2 -o preallocation=metadata $$folder/disk $$size && build/bench-check $$folder/disk 11 || exit 1; \
-	done
+bench-driver: $(BENCH_PROGRAMS)
 
-bench-driver: build/bench/driver build/bench/driver-heap build/bench/queue
+# The peers are a crate of its own. Where they are not to be had, the table says so.
+bench-peers:
+	@$(CARGO) build -q --release --locked -j $(JOBS) --manifest-path benches/peers/Cargo.toml --target-dir build/bench/peers-target && \
+	    cp build/bench/peers-target/release/peers build/bench/peers || { rm -f build/bench/peers; echo "bench: no peers" >&2; }
 
-build/bench/queue: benches/queue.c benches/ring.h include/qcow2.h $(SO)
-	@mkdir -p build/bench
-	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -Iinclude $< -o $@ -Lbuild -lqcow2 -Wl,-rpath,'$$ORIGIN/..'
-
-build/bench/driver: benches/driver.c include/qcow2.h $(SO)
+build/bench/%: benches/%.c benches/ring.h include/qcow2.h $(SO)
 	@mkdir -p build/bench
 	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -Iinclude $< -o $@ -Lbuild -lqcow2 -lpthread -Wl,-rpath,'$$ORIGIN/..'
 

@@ -20,7 +20,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -28,7 +27,7 @@
 
 enum { STAMPED = 4096, BUFFER_MAX = 1 << 20, THREADS_MAX = 16, SCATTER = 128 << 10 };
 
-enum order { RANDOM, ONCE, SEQUENTIAL, OPEN_CLOSE };
+enum order { RANDOM, ONCE, SEQUENTIAL };
 
 struct workload {
     const char *name;
@@ -51,9 +50,10 @@ static const struct workload workloads[] = {
     { "allocate-4k-flush-each", ONCE, 4096, 1, true, true, true, 1000, 2048 },
     { "read-seq-64k", SEQUENTIAL, 65536, 1, false, false, false, 8192, 512 },
     { "read-seq-1m", SEQUENTIAL, 1 << 20, 1, false, false, false, 512, 512 },
-    { "write-seq-64k", SEQUENTIAL, 65536, 1, true, true, false, 8192, 512 },
-    { "write-seq-1m", SEQUENTIAL, 1 << 20, 1, true, true, false, 512, 512 },
-    { "open-close", OPEN_CLOSE, 4096, 1, false, false, false, 500, 512 },
+    { "overwrite-seq-64k", SEQUENTIAL, 65536, 1, true, false, false, 8192, 512 },
+    { "overwrite-seq-1m", SEQUENTIAL, 1 << 20, 1, true, false, false, 512, 512 },
+    { "allocate-seq-64k", SEQUENTIAL, 65536, 1, true, true, false, 8192, 512 },
+    { "allocate-seq-1m", SEQUENTIAL, 1 << 20, 1, true, true, false, 512, 512 },
 };
 
 struct side;
@@ -72,6 +72,7 @@ struct side {
     const struct side_calls *calls;
     char path[4096];
     const qcow2_opts *create_options; /* ours */
+    bool direct;                      /* without the page cache */
     uint64_t size;
     qcow2_image *image; /* ours */
     int fd;             /* raw */
@@ -99,7 +100,12 @@ static int ours_create(struct side *side)
 
 static int ours_open(struct side *side)
 {
-    return qcow2_open(side->path, NULL, &side->image);
+    qcow2_opts *opts = qcow2_opts_new();
+    int result = qcow2_opts_set_str(opts, "cache", side->direct ? "direct" : "writeback");
+    if (result == 0)
+        result = qcow2_open(side->path, opts, &side->image);
+    qcow2_opts_free(opts);
+    return result;
 }
 
 static int ours_close(struct side *side)
@@ -135,9 +141,8 @@ static int raw_create(struct side *side)
 
 static int raw_open(struct side *side)
 {
-    struct stat status;
-    side->fd = open(side->path, O_RDWR | O_CLOEXEC);
-    return side->fd < 0 || fstat(side->fd, &status) < 0 ? -errno : 0;
+    side->fd = open(side->path, O_RDWR | O_CLOEXEC | (side->direct ? O_DIRECT : 0));
+    return side->fd < 0 ? -errno : 0;
 }
 
 static int raw_close(struct side *side)
@@ -333,16 +338,6 @@ static void run_io(struct job *job)
     }
 }
 
-static void run_open_close(struct job *job)
-{
-    const struct side_calls *calls = job->side->calls;
-    for (uint64_t i = job->first; i < job->last; i++) {
-        check(calls->open(job->side), "opening", job->side);
-        check(calls->read(job->side, job->buffer, job->workload->block, 0), "reading", job->side);
-        check(calls->close(job->side), "closing", job->side);
-    }
-}
-
 static void *run_job(void *argument)
 {
     struct job *job = argument;
@@ -351,10 +346,7 @@ static void *run_job(void *argument)
     uint64_t heap_before = heap_calls;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &job->cpu_started);
     clock_gettime(CLOCK_MONOTONIC, &job->started);
-    if (job->workload->order == OPEN_CLOSE)
-        run_open_close(job);
-    else
-        run_io(job);
+    run_io(job);
     clock_gettime(CLOCK_MONOTONIC, &job->ended);
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &job->cpu_ended);
     job->heap_calls = heap_calls - heap_before;
@@ -434,15 +426,12 @@ static void prepare(const struct workload *w, struct side *side, unsigned char *
         return;
     fill(side, buffer);
     check(side->calls->close(side), "closing", side);
-    if (w->order != OPEN_CLOSE)
-        check(side->calls->open(side), "opening", side);
+    check(side->calls->open(side), "opening", side);
 }
 
 static void finish(const struct workload *w, struct side *side, bool unverified, unsigned char *expected,
                    unsigned char *buffer)
 {
-    if (w->order == OPEN_CLOSE)
-        return;
     if (w->write && !unverified)
         verify(side, expected, buffer);
     check(side->calls->close(side), "closing", side);
@@ -453,6 +442,7 @@ struct settings {
     const char *directory;
     const char *only; /* one side, for counting its system calls or for a profiler */
     unsigned rounds;
+    bool direct;
     bool unverified; /* for counting system calls: reading back takes some too */
     qcow2_opts *create_options;
 };
@@ -471,6 +461,7 @@ static void run_workload(const struct settings *settings)
         snprintf(sides[s].path, sizeof sides[s].path, "%s/%s", settings->directory, s == 0 ? "ours.qcow2" : "raw.img");
         sides[s].size = w->size_mib << 20;
         sides[s].create_options = settings->create_options;
+        sides[s].direct = settings->direct;
         sides[s].version = malloc(sides[s].size / STAMPED);
         if (!w->fresh && is_wanted(settings, &sides[s]))
             prepare(w, &sides[s], expected);
@@ -499,7 +490,7 @@ static void run_workload(const struct settings *settings)
 static int usage(void)
 {
     fprintf(stderr, "usage: driver WORKLOAD DIRECTORY [rounds=N] [ops=N] [size_mib=N (a power of two)] [only=ours|raw]\n"
-                    "              [unverified=1] [option of qcow2_create=value]...\nworkloads:");
+                    "              [direct=1] [unverified=1] [option of qcow2_create=value]...\nworkloads:");
     for (size_t i = 0; i < sizeof workloads / sizeof *workloads; i++)
         fprintf(stderr, " %s", workloads[i].name);
     fprintf(stderr, "\n");
@@ -518,6 +509,8 @@ static void set_option(struct settings *settings, char *argument)
         settings->workload.ops = strtoull(value, NULL, 0);
     else if (strcmp(argument, "size_mib") == 0)
         settings->workload.size_mib = strtoull(value, NULL, 0);
+    else if (strcmp(argument, "direct") == 0)
+        settings->direct = strtoul(value, NULL, 0) != 0;
     else if (strcmp(argument, "unverified") == 0)
         settings->unverified = strtoul(value, NULL, 0) != 0;
     else if (strcmp(argument, "only") == 0)

@@ -1,9 +1,11 @@
 /*
  * What a queue costs over io_uring on a plain file: the same requests, in the same order, as many in flight, on two
  * "sides" that take turns round by round in one process. `ours` is a qcow2_queue on an image; `raw` is a ring by hand
- * (ring.h) on a file of the same size. Every block carries a stamp that says where it belongs and which round wrote it;
- * what was written is read back and compared outside of the time that is measured. One JSON line for each side and
- * round goes to stdout; run.py makes tables of them.
+ * (ring.h) on a file of the same size. Over a backing file, raw does the least that copying on write can do: it reads
+ * the subcluster from the backing file, where there is more to it than the block, and writes it into a file that is
+ * empty. Every block carries a stamp that says where it belongs and which round wrote it; what was written is read back
+ * and compared outside of the time that is measured. One JSON line for each side and round goes to stdout; run.py makes
+ * a table of them.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -18,7 +20,7 @@
 
 #include "ring.h"
 
-enum { BLOCK = 4096, FILL = 1 << 20, DEPTH_MAX = 256, SCATTER = 128 << 10 };
+enum { BLOCK = 4096, FILL = 1 << 20, DEPTH_MAX = 256, COPY_MAX = 64 << 10 };
 
 struct settings {
     const char *directory;
@@ -27,6 +29,8 @@ struct settings {
     bool backing;      /* over a raw file that is full */
     unsigned depth, rounds;
     uint64_t ops, size;
+    uint64_t scatter;  /* writes that allocate meet each so many bytes, a cluster, once before any twice */
+    unsigned copied;   /* bytes that raw copies on a write over a backing file: a subcluster */
     const char *only;
     qcow2_opts *create_options;
 };
@@ -36,7 +40,7 @@ struct side {
     char path[4096];
     qcow2_image *image; /* ours */
     qcow2_queue *queue;
-    int fd; /* raw */
+    int fd, base; /* raw; base: the backing file, or -1 */
     struct ring ring;
     uint8_t *version; /* of each block: which pass wrote it last; 0 is a hole */
 };
@@ -61,15 +65,15 @@ static uint64_t mix(uint64_t z)
     return z ^ (z >> 31);
 }
 
-/* Where request `i` of a round goes. Those that allocate meet each 128 KiB (a cluster) once before any twice. */
+/* Where request `i` of a round goes. */
 static uint64_t offset_of(const struct settings *s, uint64_t seed, uint64_t i)
 {
     if (!s->fresh)
         return mix(seed * 0x632be59bd9b4e019 + i * 0x9e3779b97f4a7c15) % (s->size / BLOCK) * BLOCK;
-    uint64_t pieces = s->size / SCATTER, half = (uint64_t)__builtin_ctzll(pieces) / 2;
+    uint64_t pieces = s->size / s->scatter, half = (uint64_t)__builtin_ctzll(pieces) / 2;
     uint64_t piece = (i + seed) * 0x9e3779b97f4a7c15 & (pieces - 1);
     piece = ((piece ^ (piece >> half)) * 0xbf58476d1ce4e5b9) & (pieces - 1);
-    return piece * SCATTER + (mix(piece) + i / pieces) % (SCATTER / BLOCK) * BLOCK;
+    return piece * s->scatter + (mix(piece) + i / pieces) % (s->scatter / BLOCK) * BLOCK;
 }
 
 static uint64_t stamp_of(uint64_t offset, uint8_t version)
@@ -128,11 +132,18 @@ static void open_side(const struct settings *s, struct side *side)
     } else {
         side->fd = open(side->path, O_RDWR | O_CLOEXEC | (s->direct ? O_DIRECT : 0));
         check(side->fd < 0 ? -errno : 0, "opening", side);
-        check(ring_open(&side->ring, s->depth, side->fd), "ring on", side);
+        side->base = -1;
+        if (s->backing) {
+            char path[4200];
+            snprintf(path, sizeof path, "%s/base.raw", s->directory);
+            side->base = open(path, O_RDONLY | O_CLOEXEC | (s->direct ? O_DIRECT : 0));
+            check(side->base < 0 ? -errno : 0, "opening the backing file of", side);
+        }
+        check(ring_open(&side->ring, s->depth, (int[]){ side->fd, side->base }, s->backing ? 2 : 1), "ring on", side);
     }
 }
 
-static void close_side(struct side *side)
+static void close_side(const struct settings *s, struct side *side)
 {
     if (is_ours(side)) {
         qcow2_queue_free(side->queue);
@@ -140,6 +151,8 @@ static void close_side(struct side *side)
     } else {
         close(side->ring.fd);
         close(side->fd);
+        if (s->backing)
+            close(side->base);
     }
 }
 
@@ -164,11 +177,21 @@ static void create_side(const struct settings *s, struct side *side, unsigned ch
         close(fd);
     }
     open_side(s, side);
-    if (!s->fresh || (s->backing && !is_ours(side)))
+    if (!s->fresh)
         fill(s, side, buffer);
     check(is_ours(side) ? qcow2_flush(side->image) : fdatasync(side->fd) < 0 ? -errno : 0, "flushing", side);
-    close_side(side);
+    close_side(s, side);
     open_side(s, side);
+}
+
+/* Whether raw has nothing at a block that a guest would see the backing file through. */
+static bool shows_base(const struct settings *s, const struct side *side, uint64_t offset)
+{
+    uint64_t first = offset / s->copied * s->copied;
+    for (uint64_t at = first; s->backing && !is_ours(side) && at < first + s->copied; at += BLOCK)
+        if (side->version[at / BLOCK] != 1)
+            return false;
+    return s->backing && !is_ours(side);
 }
 
 static void verify(const struct settings *s, struct side *side, unsigned char *expected, unsigned char *buffer)
@@ -179,7 +202,8 @@ static void verify(const struct settings *s, struct side *side, unsigned char *e
         for (uint32_t at = 0; at < FILL; at += BLOCK) {
             uint8_t version = side->version[(offset + at) / BLOCK];
             put_stamps(expected, BLOCK, offset + at, version);
-            if (memcmp(buffer + at, version == 0 ? zeroes : expected, BLOCK) != 0) {
+            bool hole = version == 0 || shows_base(s, side, offset + at);
+            if (memcmp(buffer + at, hole ? zeroes : expected, BLOCK) != 0) {
                 fprintf(stderr, "queue: %s: wrong data at 0x%" PRIx64 "\n", side->path, offset + at);
                 exit(1);
             }
@@ -190,18 +214,35 @@ static void verify(const struct settings *s, struct side *side, unsigned char *e
 /* one round */
 
 struct flight {
-    unsigned char *buffers;
+    unsigned char *buffers; /* COPY_MAX for each slot */
     uint64_t offset[DEPTH_MAX];
+    bool reads_base[DEPTH_MAX];
     uint64_t started, ended, seed;
     uint8_t version;
 };
 
+/* The write of raw over a backing file, in two steps. */
+static void copy_on_write(const struct settings *s, struct side *side, struct flight *flight, uint64_t slot)
+{
+    unsigned char *buffer = flight->buffers + slot * COPY_MAX;
+    uint64_t offset = flight->offset[slot], first = offset / s->copied * s->copied;
+    bool reads = flight->reads_base[slot] = s->copied > BLOCK && !flight->reads_base[slot];
+    if (!reads) {
+        put_stamps(buffer + (offset - first), BLOCK, offset, flight->version);
+    }
+    ring_push(&side->ring, reads ? IORING_OP_READ : IORING_OP_WRITE, reads ? 1 : 0, buffer, s->copied, first, slot);
+}
+
 /* The next request into a slot. */
 static void start(const struct settings *s, struct side *side, struct flight *flight, uint64_t slot)
 {
-    unsigned char *buffer = flight->buffers + slot * BLOCK;
+    unsigned char *buffer = flight->buffers + slot * COPY_MAX;
     uint64_t offset = offset_of(s, flight->seed, flight->started++);
     flight->offset[slot] = offset;
+    if (s->backing && !is_ours(side)) {
+        copy_on_write(s, side, flight, slot);
+        return;
+    }
     if (s->write)
         put_stamps(buffer, BLOCK, offset, flight->version);
     if (is_ours(side)) {
@@ -209,14 +250,14 @@ static void start(const struct settings *s, struct side *side, struct flight *fl
         check(s->write ? qcow2_queue_writev(side->queue, &iov, 1, offset, 0, slot)
                        : qcow2_queue_readv(side->queue, &iov, 1, offset, 0, slot), "preparing", side);
     } else {
-        ring_push(&side->ring, s->write ? IORING_OP_WRITE : IORING_OP_READ, buffer, BLOCK, offset, slot);
+        ring_push(&side->ring, s->write ? IORING_OP_WRITE : IORING_OP_READ, 0, buffer, BLOCK, offset, slot);
     }
 }
 
 static void end(const struct settings *s, struct side *side, struct flight *flight, uint64_t slot)
 {
     uint64_t offset = flight->offset[slot], stamp;
-    memcpy(&stamp, flight->buffers + slot * BLOCK, sizeof stamp);
+    memcpy(&stamp, flight->buffers + slot * COPY_MAX, sizeof stamp);
     if (!s->write && stamp != stamp_of(offset, side->version[offset / BLOCK]))
         fail("wrong data read from", side->path, -EILSEQ);
     flight->ended++;
@@ -243,9 +284,12 @@ static void fly_raw(const struct settings *s, struct side *side, struct flight *
         int result;
         check(ring_wait(&side->ring), "waiting", side);
         while (ring_reap(&side->ring, &slot, &result)) {
-            if (result != BLOCK)
+            if (result != (int)(s->backing ? s->copied : BLOCK))
                 fail("request on", side->path, result < 0 ? result : -EIO);
-            end(s, side, flight, slot);
+            if (flight->reads_base[slot])
+                copy_on_write(s, side, flight, slot);
+            else
+                end(s, side, flight, slot);
         }
     }
 }
@@ -296,7 +340,7 @@ static void make_base(const struct settings *s, unsigned char *buffer)
 static void run(const struct settings *s)
 {
     unsigned char *buffer = new_buffer(FILL), *expected = new_buffer(FILL);
-    unsigned char *buffers = new_buffer((size_t)s->depth * BLOCK);
+    unsigned char *buffers = new_buffer((size_t)s->depth * COPY_MAX);
     struct side sides[2] = { { .name = "ours" }, { .name = "raw" } };
     if (s->backing)
         make_base(s, expected);
@@ -315,7 +359,7 @@ static void run(const struct settings *s)
             if (s->write && (s->fresh || round + 1 == s->rounds))
                 verify(s, side, expected, buffer);
             if (s->fresh || round + 1 == s->rounds)
-                close_side(side);
+                close_side(s, side);
         }
     }
     free(sides[0].version), free(sides[1].version), free(buffers), free(expected), free(buffer);
@@ -324,13 +368,14 @@ static void run(const struct settings *s)
 static int usage(void)
 {
     fprintf(stderr, "usage: queue read|overwrite|allocate DIRECTORY [depth=N] [rounds=N] [ops=N] [size_mib=N (a power of two)]\n"
-                    "             [direct=1] [backing=1] [only=ours|raw] [option of qcow2_create=value]...\n");
+                    "             [direct=1] [backing=1 [copied=BYTES]] [scatter=BYTES] [only=ours|raw] [option of qcow2_create=value]...\n");
     return 2;
 }
 
 int main(int argc, char **argv)
 {
-    struct settings s = { .depth = 32, .rounds = 1, .ops = 100000, .size = 512 << 20 };
+    struct settings s = { .depth = 32, .rounds = 1, .ops = 100000, .size = 512 << 20,
+                          .scatter = 128 << 10, .copied = BLOCK };
     if (argc < 3)
         return usage();
     s.write = strcmp(argv[1], "read") != 0;
@@ -357,12 +402,17 @@ int main(int argc, char **argv)
             s.direct = number != 0;
         else if (strcmp(argv[i], "backing") == 0)
             s.backing = number != 0;
+        else if (strcmp(argv[i], "scatter") == 0)
+            s.scatter = number;
+        else if (strcmp(argv[i], "copied") == 0)
+            s.copied = (unsigned)number;
         else if (strcmp(argv[i], "only") == 0)
             s.only = value;
         else if (qcow2_opts_set_str(s.create_options, argv[i], value) < 0)
             fail("option", argv[i], -EINVAL);
     }
-    if (s.depth == 0 || s.depth > DEPTH_MAX || s.size == 0 || (s.size & (s.size - 1)) != 0)
+    if (s.depth == 0 || s.depth > DEPTH_MAX || s.size == 0 || (s.size & (s.size - 1)) != 0 || s.scatter < BLOCK ||
+        s.scatter > s.size || s.size % s.scatter != 0 || s.copied < BLOCK || s.copied > COPY_MAX || s.copied % BLOCK != 0)
         return usage();
     if (s.backing && (qcow2_opts_set_str(s.create_options, "backing_file", "base.raw") < 0 ||
                       qcow2_opts_set_str(s.create_options, "backing_fmt", "raw") < 0))

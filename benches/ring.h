@@ -1,6 +1,6 @@
 /*
  * io_uring by hand, for the raw twin of the queue: no library between it and the kernel, and nothing that it does not
- * need. One thread, fixed file 0, no polling.
+ * need. One thread, registered files, no polling.
  */
 #ifndef RING_H
 #define RING_H
@@ -24,7 +24,7 @@ struct ring {
     struct io_uring_cqe *cqes;
 };
 
-static int ring_open(struct ring *ring, unsigned depth, int file)
+static int ring_open(struct ring *ring, unsigned depth, const int *files, unsigned count)
 {
     struct io_uring_params p;
     memset(&p, 0, sizeof p);
@@ -48,17 +48,19 @@ static int ring_open(struct ring *ring, unsigned depth, int file)
     ring->cqes = (struct io_uring_cqe *)(cq + p.cq_off.cqes);
     ring->depth = depth;
     ring->to_submit = 0;
-    return syscall(SYS_io_uring_register, ring->fd, IORING_REGISTER_FILES, &file, 1) < 0 ? -errno : 0;
+    return syscall(SYS_io_uring_register, ring->fd, IORING_REGISTER_FILES, files, count) < 0 ? -errno : 0;
 }
 
-/* The caller keeps at most `depth` in flight: there is room. */
-static void ring_push(struct ring *ring, uint8_t opcode, void *buffer, uint32_t length, uint64_t offset, uint64_t user)
+/* Prepares a transfer with one of the files. The caller keeps at most `depth` in flight: there is room. */
+static void ring_push(struct ring *ring, uint8_t opcode, int file, void *buffer, uint32_t length, uint64_t offset,
+                      uint64_t user)
 {
     unsigned tail = *ring->sq_tail, index = tail & ring->sq_mask;
     struct io_uring_sqe *sqe = &ring->sqes[index];
     memset(sqe, 0, sizeof *sqe);
     sqe->opcode = opcode;
     sqe->flags = IOSQE_FIXED_FILE;
+    sqe->fd = file;
     sqe->addr = (uint64_t)(uintptr_t)buffer;
     sqe->len = length;
     sqe->off = offset;
