@@ -31,7 +31,9 @@ archive:
 	@mkdir -p build
 	@cmp -s $(CARGO_TARGET)/release/libqcow2.a build/libqcow2.a || cp $(CARGO_TARGET)/release/libqcow2.a build/libqcow2.a
 
+# With a recipe, if only one that does nothing: without one, make does not look at the file's time again.
 build/libqcow2.a: archive
+	@:
 
 # The shared library is linked from the static one: the linker call of rustc takes no second version script. What
 # debuggers need is 15 times the library, and left out unless it is asked for: make clean && make DEBUG=1.

@@ -56,6 +56,7 @@ struct State {
     queued: Vec<bool>, // by slot: it is in `ready`
     is_driven: bool,   // somebody is polling: what is woken now is polled before that ends
     sleeps: bool,      // the owner sleeps, or is about to
+    has_rung: bool,    // and was woken by its descriptor
 }
 
 /// See the module text.
@@ -85,6 +86,7 @@ impl Bell {
         }
         state.ready.push(slot);
         let (is_driven, sleeps) = (state.is_driven, state.sleeps);
+        state.has_rung |= sleeps;
         drop(state);
         if sleeps {
             self.awake.notify_all();
@@ -126,7 +128,12 @@ impl Bell {
 
     /// The owner is awake again.
     pub fn get_up(&self) {
-        lock(&self.state).sleeps = false;
+        let mut state = lock(&self.state);
+        state.sleeps = false;
+        if std::mem::take(&mut state.has_rung) {
+            drop(state);
+            self.sleeper.get().into_iter().for_each(EventFd::clear);
+        }
     }
 
     /// Sleeps until a slot is woken, or until `deadline`.

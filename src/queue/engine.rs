@@ -110,6 +110,7 @@ impl Core {
     pub fn submit(&self) -> usize {
         let mut engine = lock(&self.engine);
         self.start_pushed(&mut engine);
+        self.io.submit();
         if !engine.done.is_empty() {
             self.bell.tell_owner();
         }
@@ -125,11 +126,18 @@ impl Core {
         }
         engine.pushed = pushed;
         engine.pushed.clear();
-        self.drive(engine);
+        self.go_on(engine);
     }
 
     /// Polls what can go on, until nothing can; then hands the transfers that were started to the kernel.
     fn drive(&self, engine: &mut Engine) {
+        self.go_on(engine);
+        self.io.submit();
+    }
+
+    /// Polls what can go on, until nothing can. The transfers that were started are the caller's to hand to the kernel: who
+    /// sleeps then does both in one call.
+    fn go_on(&self, engine: &mut Engine) {
         self.bell.begin();
         self.io.collect();
         let mut woken = std::mem::take(&mut engine.woken);
@@ -138,11 +146,9 @@ impl Core {
                 self.poll(engine, slot);
             }
             woken.clear();
-            self.io.submit();
             self.io.collect();
         }
         engine.woken = woken;
-        self.io.submit();
     }
 
     fn poll(&self, engine: &mut Engine, slot: u32) {
@@ -189,8 +195,9 @@ impl Core {
                 break;
             }
             self.sleep(deadline)?;
-            self.drive(&mut engine);
+            self.go_on(&mut engine);
         }
+        self.io.submit();
         if !engine.done.is_empty() {
             self.bell.tell_owner();
         }
@@ -205,7 +212,6 @@ impl Core {
         if self.bell.lie_down() {
             self.io.sleep(&self.bell, deadline);
             self.bell.get_up();
-            self.bell.sleeper.get().into_iter().for_each(EventFd::clear);
         }
         Ok(())
     }
