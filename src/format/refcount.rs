@@ -33,6 +33,29 @@ pub fn set(block: &mut [u8], order: u32, index: usize, value: u64) {
     }
 }
 
+/// Entries that are compared at once where many are alike.
+const AT_ONCE: usize = 64;
+
+/// How many of these entries, from the first on, have this value.
+pub fn run_of(block: &[u8], order: u32, entries: std::ops::Range<usize>, value: u64) -> usize {
+    let mut done = 0;
+    // The common width, by the page rather than by the entry: whole disks are given up so.
+    if let (4, Ok(value)) = (order, u16::try_from(value)) {
+        let alike: [u8; AT_ONCE * 2] = std::array::from_fn(|i| value.to_be_bytes()[i % 2]);
+        let bytes = &block[entries.start * 2..entries.end * 2];
+        done = bytes.chunks_exact(AT_ONCE * 2).take_while(|chunk| **chunk == alike).count() * AT_ONCE;
+    }
+    done + entries.skip(done).take_while(|&entry| get(block, order, entry) == value).count()
+}
+
+/// Sets all of these entries to 0.
+pub fn clear(block: &mut [u8], order: u32, entries: std::ops::Range<usize>) {
+    match order {
+        0..3 => entries.for_each(|entry| set(block, order, entry, 0)),
+        _ => block[entries.start << (order - 3)..entries.end << (order - 3)].fill(0),
+    }
+}
+
 /// Byte range of a block that entry `index` lies in.
 pub fn byte_range(order: u32, index: usize) -> std::ops::Range<usize> {
     if order < 3 {
@@ -69,6 +92,29 @@ mod tests {
                     "order {order}"
                 );
                 assert!(byte_range(order, i).end <= 512);
+            }
+        }
+    }
+
+    #[test]
+    fn runs_are_as_long_as_entry_by_entry_and_cleared_alone() {
+        for order in 0..=6u32 {
+            let n = (512 * 8) >> order;
+            for (from, to, odd) in [(0, n, n), (3, n, n - 1), (0, n, 0), (1, n - 2, 40), (5, 5, 5), (0, n, n / 2)] {
+                let mut block = vec![0u8; 512];
+                (0..n).for_each(|entry| set(&mut block, order, entry, 1));
+                if odd < n {
+                    set(&mut block, order, odd, 0);
+                }
+                let slow = (from..to).take_while(|&entry| get(&block, order, entry) == 1).count();
+                assert_eq!(run_of(&block, order, from..to, 1), slow, "order {order}, {from}..{to}, {odd} is another");
+                assert_eq!(run_of(&block, order, from..to, 1 << 40), 0, "a value that no narrow entry has");
+                clear(&mut block, order, from..to);
+                let expected = |entry| u64::from(!(from..to).contains(&entry) && entry != odd);
+                assert!(
+                    (0..n).all(|entry| get(&block, order, entry) == expected(entry)),
+                    "order {order}, {from}..{to}"
+                );
             }
         }
     }

@@ -272,14 +272,14 @@ impl RefcountState {
         let order = self.geometry.refcount_order;
         let block = self.block(index)?;
         let mut found: Vec<Range<u64>> = Vec::new();
-        for (cluster, entry) in clusters.clone().zip(entry..) {
-            if refcount::get(block, order, entry) != times {
-                continue;
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let entries = entry + (at - clusters.start) as usize..entry + (clusters.end - clusters.start) as usize;
+            let n = refcount::run_of(block, order, entries, times) as u64;
+            if n > 0 {
+                found.push(at..at + n);
             }
-            match found.last_mut() {
-                Some(run) if run.end == cluster => run.end += 1,
-                _ => found.push(cluster..cluster + 1),
-            }
+            at += n + 1; // the next one has another count
         }
         Ok(found)
     }
@@ -299,7 +299,14 @@ impl RefcountState {
         let Some(block) = self.blocks.get_mut(&index) else { return (0, Ok(Err(Need::Block(index)))) };
         let order = self.geometry.refcount_order;
         let (mut done, mut freed) = (0, None);
-        for (cluster, entry) in clusters.clone().zip(first..) {
+        let alike =
+            refcount::run_of(&block.bytes, order, first..first + (clusters.end - clusters.start) as usize, times);
+        if alike > 0 {
+            refcount::clear(&mut block.bytes, order, first..first + alike);
+            done = alike as u64;
+            freed = Some((clusters.start, clusters.start + done - 1));
+        }
+        for (cluster, entry) in clusters.clone().zip(first..).skip(alike) {
             let Some(left) = refcount::get(&block.bytes, order, entry).checked_sub(times) else { break };
             refcount::set(&mut block.bytes, order, entry, left);
             if left == 0 {
