@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use super::file::HostFile;
+use super::places::Places;
 use crate::error::{Error, Result};
+use crate::format::l2::OFFSET_MASK;
 use crate::format::{HostOffset, L1Index};
 use crate::storage::{Io, IoDst};
 use crate::wait::lock;
@@ -25,6 +27,7 @@ pub struct L1Table {
     count: AtomicU64,
     offset: AtomicU64,
     dirty_sectors: Mutex<BTreeSet<u64>>,
+    places: Option<Mutex<Places>>, // where the entries lead to, if anybody asks
 }
 
 /// Sectors of the L1 table as they were when they were collected.
@@ -54,7 +57,22 @@ impl L1Table {
             more: [const { OnceLock::new() }; MORE_SEGMENTS],
             offset: AtomicU64::new(offset.0),
             dirty_sectors: Mutex::default(),
+            places: None,
         }
+    }
+
+    /// From now on, [`L1Table::table_in`] knows. Before the first change.
+    pub fn note_places(&mut self, cluster_bytes: u64) {
+        let offsets = (0..self.count()).map(|index| self.get(L1Index(index)) & OFFSET_MASK);
+        self.places = Some(Mutex::new(Places::of(cluster_bytes, offsets)));
+    }
+
+    /// The first place in a range of host offsets that an entry, other than `own`, leads to. Nothing is known before
+    /// [`L1Table::note_places`].
+    pub fn table_in(&self, offsets: std::ops::Range<u64>, own: Option<L1Index>) -> Option<HostOffset> {
+        let places = lock(self.places.as_ref()?);
+        let own = own.map(|index| self.get(index) & OFFSET_MASK); // changed under the same lock
+        places.first_in(offsets, own).map(HostOffset)
     }
 
     /// Number of entries.
@@ -108,6 +126,10 @@ impl L1Table {
         debug_assert!(dirty.is_empty(), "changes of a table that is replaced are lost");
         dirty.clear();
         let count = entries.len() as u64;
+        let mut places = self.places.as_ref().map(lock);
+        if let Some(places) = &mut places {
+            places.refill(entries.iter().map(|entry| entry & OFFSET_MASK));
+        }
         for (index, &entry) in entries.iter().enumerate() {
             self.entry(index as u64).store(entry, Ordering::Release);
         }
@@ -137,7 +159,11 @@ impl L1Table {
     pub fn set(&self, index: L1Index, entry: u64) {
         let mut dirty = lock(&self.dirty_sectors);
         assert!(index.0 < self.count(), "an L1 entry past the end of the table");
-        self.entry(index.0).store(entry, Ordering::Release);
+        let mut places = self.places.as_ref().map(lock);
+        let old = self.entry(index.0).swap(entry, Ordering::AcqRel);
+        if let Some(places) = &mut places {
+            places.change(old & OFFSET_MASK, entry & OFFSET_MASK);
+        }
         dirty.insert(index.0 / ENTRIES_PER_SECTOR);
     }
 
