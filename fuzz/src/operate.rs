@@ -118,7 +118,8 @@ impl Run<'_> {
             rule!(!self.subject.is_sound, "{what} finds corruption in a sound image: {e}");
             rule!(self.image.info().corrupt, "the handle does not say that it is corrupt: {e}");
             let write = self.image.pwrite(&[0], 0);
-            let is_refused = matches!(write, Err(Error::MarkedCorrupt | Error::Argument { .. }));
+            let is_refused = matches!(write, Err(Error::MarkedCorrupt | Error::Argument { .. }))
+                || self.image.size() == 0 && matches!(write, Err(Error::OutOfRange { .. }));
             rule!(is_refused, "corrupt ({e}), but a write gives {write:?}");
         }
         let is_io = matches!(e, Error::Io { .. } | Error::Poisoned { .. } | Error::TooLarge { .. });
