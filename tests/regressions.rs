@@ -226,6 +226,23 @@ fn a_disk_with_a_malformed_l1_entry_does_not_shrink() {
     found(image.resize(0, shrink, None), CorruptionKind::ClusterUnaligned, l2 + 16, &storage);
 }
 
+/// Corruption in the tree of a snapshot that was to be applied, or deleted, was reported, but the image was not marked. Found
+/// by fuzzing operations.
+#[test]
+fn corruption_in_a_snapshot_marks_the_image() {
+    let storage = Arc::new(MemoryStorage::new(sample()));
+    let image = Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap();
+    image.snapshot_create("one", &Default::default()).unwrap();
+    image.pwrite(&[2; 4096], 0).unwrap();
+    image.close().unwrap();
+    let bytes = storage.snapshot();
+    let l2 = word(&bytes, word(&bytes, word(&bytes, 64)));
+    for change in [|image: &Image| image.snapshot_apply("one"), |image: &Image| image.snapshot_delete("one", None)] {
+        let (storage, image) = damaged(bytes.clone(), l2 + 8, 2);
+        found(change(&image), CorruptionKind::L2EntryReservedBits, l2 + 8, &storage);
+    }
+}
+
 /// An L2 table in the refcount table: linking a new cluster overwrote refcount table entries.
 #[test]
 fn l2_entries_are_not_written_into_other_tables() {
