@@ -1,4 +1,4 @@
-/* qcow2_check and its siblings: the numbers of `qemu-img check`, findings, repair by path, descriptor and storage,
+/* qcow2_check and its siblings, that for an open image among them: the numbers of `qemu-img check`, findings, repair by path, descriptor and storage,
  * cancelling at every call of the progress function; and that a dirty image is repaired when it is opened to write. */
 #include "test.h"
 
@@ -129,6 +129,54 @@ int main(void)
     OK(qcow2_close(image));
     OK(qcow2_check("disk", NULL, 0, &result, sizeof(result)));
     CHECK(result.corruptions == 0 && result.leaks == 0);
+    OK(qcow2_open("disk", NULL, &image));
+
+    /* An image that is open, with what has been written and not yet flushed: nothing is wrong, and nothing lost. */
+    memset(data, 8, sizeof(data));
+    for (uint64_t at = 0; at < 63 * 65536; at += 3 * 65536) {
+        OK(qcow2_pwrite(image, data, sizeof(data), at, 0));
+        OK(qcow2_discard(image, at + 65536, 65536, 0));
+    }
+    seen = (struct seen){0};
+    OK(qcow2_check_image(image, opts, 0, &result, sizeof(result)));
+    if (result.corruptions + result.leaks + result.check_errors > 0 || seen.calls == 0)
+        FAIL("%" PRIu64 " corruptions, %" PRIu64 " leaks, %u calls", result.corruptions, result.leaks, seen.calls);
+    CHECK(result.total_clusters == 64 && result.allocated_clusters > 20 && result.allocated_clusters < 26);
+    struct qcow2_check_result before = result;
+    seen = (struct seen){.cancel_at = 1};
+    FAILS(qcow2_check_image(image, opts, 0, &result, sizeof(result)), ECANCELED, QCOW2_ERR_CANCELLED, "cancel");
+    seen = (struct seen){0};
+    OK(qcow2_check_image(image, NULL, 0, &result, sizeof(result)));
+    CHECK(memcmp(&before, &result, sizeof(result)) == 0);
+    OK(qcow2_pwrite(image, data, sizeof(data), 2 * 65536, 0));
+    OK(qcow2_flush(image));
+    uint64_t count = peek("disk", 0x20000 + 2 * 5, 2);
+    poke("disk", 0x20000 + 2 * 5, 2, 3); /* two references too many, for the one of guest cluster 0 */
+    OK(qcow2_check_image(image, opts, 0, &result, sizeof(result)));
+    CHECK(count == 1 && result.leaks == 1 && result.corruptions == 1 && seen.leaks == 1);
+    for (unsigned fix = 1; fix < 4; fix++)
+        FAILS(qcow2_check_image(image, NULL, fix, &result, sizeof(result)), EINVAL, QCOW2_ERR_ARGUMENT, "close it");
+    FAILS(qcow2_check_image(NULL, NULL, 0, &result, sizeof(result)), EINVAL, QCOW2_ERR_ARGUMENT, "image");
+    FAILS(qcow2_check_image(image, NULL, 4, &result, sizeof(result)), EINVAL, QCOW2_ERR_ARGUMENT, "0x4");
+    FAILS(qcow2_check_image(image, NULL, 0, NULL, sizeof(result)), EINVAL, QCOW2_ERR_ARGUMENT, "out");
+    FAILS(qcow2_check_image(image, NULL, 0, &result, 8), EINVAL, QCOW2_ERR_ARGUMENT, "out_size");
+    CHECK(peek("disk", 0x20000 + 2 * 5, 2) == 3);
+    poke("disk", 0x20000 + 2 * 5, 2, count);
+    /* The handle of a snapshot cannot know what the other one is changing; a reader checks as it is. */
+    qcow2_image *snapshot;
+    OK(qcow2_snapshot_create(image, "one", NULL, 0));
+    OK(qcow2_pwrite(image, data, sizeof(data), 0, 0));
+    OK(qcow2_snapshot_open(image, "one", 0, &snapshot));
+    FAILS(qcow2_check_image(snapshot, NULL, 0, &result, sizeof(result)), EINVAL, QCOW2_ERR_ARGUMENT, "snapshot");
+    OK(qcow2_close(snapshot));
+    OK(qcow2_check_image(image, NULL, 0, &result, sizeof(result)));
+    CHECK(result.corruptions == 0 && result.leaks == 0);
+    OK(qcow2_close(image));
+    OK(qcow2_open("disk", reading, &image));
+    before = result;
+    OK(qcow2_check_image(image, NULL, 0, &result, sizeof(result)));
+    CHECK(memcmp(&before, &result, sizeof(result)) == 0);
+    OK(qcow2_close(image));
     OK(qcow2_open("disk", NULL, &image));
 
     /* What is refused. */

@@ -1291,8 +1291,8 @@ int qcow2_bitmap_extents(qcow2_image *image,
 /* Check and repair ================================================================================
  *
  * Whether an image is consistent, and putting right what can be put right. The image is named by its path, descriptor
- * or storage, not by a handle: what needs a repair cannot be opened for writing. (A dirty image can: such an open
- * repairs it first.) Of the options, "locking", "check_memory" and the log, progress and finding functions count.
+ * or storage: what needs a repair cannot be opened for writing. (A dirty image can: such an open repairs it first.) An
+ * image that is open is checked by its handle, and not repaired. Of the options, "locking", "check_memory" and the log, progress and finding functions count.
  * Nothing that the image refers to is opened.
  */
 
@@ -1456,6 +1456,25 @@ int qcow2_check_storage(qcow2_storage *storage,
                         uint32_t flags,
                         struct qcow2_check_result *out,
                         size_t out_size);
+
+/**
+ * As qcow2_check(), for an image that is open, by whatever way. Nothing is repaired: for that, the image is closed first.
+ *
+ * image: the handle; not that of a snapshot from qcow2_snapshot_open()
+ * flags: 0
+ * opts, out, out_size: as in qcow2_check(); option "locking" does not count
+ *
+ * What has been written through the handle is made durable first, as by qcow2_flush(). Requests of other threads and of
+ * queues wait until the check is done; the finding and progress functions must not call into the image.
+ * Returns 0 or a negative errno, as qcow2_check(); -EINVAL flags, or the handle of a snapshot; -EIO the handle writes
+ * no more, because corruption was found or a flush has failed: close it, and check the file.
+ * Thread-safe. Since 0.1.
+ */
+int qcow2_check_image(qcow2_image *image,
+                      const qcow2_opts *opts,
+                      uint32_t flags,
+                      struct qcow2_check_result *out,
+                      size_t out_size);
 
 /* Queues ==========================================================================================
  *

@@ -145,6 +145,52 @@ fn leaks_alone_are_repaired_alone() {
 }
 
 /// An image that a killed QEMU left dirty: a reader and an inspector leave it alone, a writer repairs it first.
+/// Among requests of other threads, which it waits for and keeps waiting: nothing is wrong at any moment, not even a leak.
+#[test]
+fn an_open_image_is_checked_between_the_writes_of_other_threads() {
+    use qcow2::Image;
+    use qcow2::image::{CreateOptions, ZeroFlags, create_with};
+    use qcow2::storage::{Blocking, memory::MemoryStorage};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    let storage = Arc::new(MemoryStorage::default());
+    let options = CreateOptions { cluster_size_bytes: 4096, ..CreateOptions::default() };
+    qcow2::wait::block_on(create_with(&Blocking, &*storage, 32 << 20, &options)).unwrap();
+    let image = Image::open_storage(storage, &OpenOptions::default()).unwrap();
+    let (is_done, writes) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for thread in 0..3u64 {
+            let (image, is_done, writes) = (&image, &is_done, &writes);
+            scope.spawn(move || {
+                for n in (1..).take_while(|_| !is_done.load(Ordering::Relaxed)) {
+                    let at = (n * 7919 + thread * 104_729) % 8000 * 4096;
+                    match n % 5 {
+                        0 => image.discard(at, 20 * 4096).unwrap(),
+                        1 => image.write_zeroes(at, 5000, ZeroFlags::default()).unwrap(),
+                        _ => image.pwrite(&[thread as u8; 6000], at).unwrap(),
+                    }
+                    writes.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for round in 0..40 {
+            let seen = writes.load(Ordering::Relaxed);
+            let result = image.check(&mut CheckOptions::default());
+            let is_clean = result.as_ref().is_ok_and(|result| result.is_sound() && result.leaks == 0);
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            while is_clean && writes.load(Ordering::Relaxed) < seen + 20 && std::time::Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            let goes_on = writes.load(Ordering::Relaxed) >= seen + 20;
+            is_done.fetch_or(!is_clean || !goes_on, Ordering::Relaxed); // the threads end, whatever is said here
+            assert!(is_clean && goes_on, "round {round}: {result:?}");
+        }
+        is_done.store(true, Ordering::Relaxed);
+    });
+    let repair = image.check(&mut CheckOptions { repair: Repair::All, ..CheckOptions::default() });
+    assert!(repair.unwrap_err().to_string().contains("close it"));
+}
+
 #[test]
 fn an_image_that_was_left_dirty_is_repaired_when_it_is_opened_to_be_written() {
     let Some(dir) = qemu::dir("check-dirty") else { return };

@@ -550,6 +550,10 @@ impl Calls {
             match input.u8() {
                 0xff => result(qcow2_check(c"/nonexistent/disk".as_ptr(), opts, 0, out, size)),
                 0xfe => result(qcow2_check_fd(-1, opts, 0, out, size)),
+                n if n & 0xc0 == 0x80 => {
+                    let image = some(input, &self.images);
+                    result(qcow2_check_image(image, opts, flags(input) * u32::from(n & 1), out, size))
+                }
                 _ => result(qcow2_check_storage(storage, opts, flags(input), out, size)),
             }
         }

@@ -118,7 +118,8 @@ impl Run<'_> {
             rule!(!self.subject.is_sound, "{what} finds corruption in a sound image: {e}");
             rule!(self.image.info().corrupt, "the handle does not say that it is corrupt: {e}");
             let write = self.image.pwrite(&[0], 0);
-            let is_refused = matches!(write, Err(Error::MarkedCorrupt | Error::Argument { .. }));
+            let is_refused = matches!(write, Err(Error::MarkedCorrupt | Error::Argument { .. }))
+                || self.image.size() == 0 && matches!(write, Err(Error::OutOfRange { .. }));
             rule!(is_refused, "corrupt ({e}), but a write gives {write:?}");
         }
         let is_io = matches!(e, Error::Io { .. } | Error::Poisoned { .. } | Error::TooLarge { .. });
@@ -166,7 +167,9 @@ impl Run<'_> {
             8..=9 => self.discard(input, size, cluster),
             10 => {
                 let result = self.image.flush();
-                self.note("flush", result);
+                if self.note("flush", result) && what & 0x80 == 0x80 {
+                    self.check();
+                }
             }
             11 => self.snapshot(),
             12 => self.apply(input),
@@ -267,6 +270,14 @@ impl Run<'_> {
             _ => self.image.bitmap_extents(name, 0, self.image.size(), 64).map(drop),
         };
         self.note("bitmap", result);
+    }
+
+    fn check(&mut self) {
+        let mut options = CheckOptions { memory_bytes: 1 << 20, ..CheckOptions::default() };
+        let checked = self.image.check(&mut options);
+        let is_clean = checked.as_ref().is_ok_and(|result| result.is_sound() && result.leaks == 0);
+        rule!(is_clean || !self.subject.is_sound || self.failed, "{}: checked: {checked:?}", self.subject.seed.name);
+        self.note("check", checked.map(drop));
     }
 
     fn resize(&mut self, input: &mut Bytes<'_>) {

@@ -63,6 +63,19 @@ def check(
     """
     if repair not in _REPAIRS:
         raise ValueError(f"repair must be one of {', '.join(_REPAIRS)}, not {repair!r}")
+    fd = isinstance(path, int)
+    function, what = (lib.qcow2_check_fd, path) if fd else (lib.qcow2_check, os.fsencode(path))
+    return run(lambda *rest: function(what, *rest), _REPAIRS[repair], on_finding, on_progress, options)
+
+
+def run(
+    function: Callable[..., int],
+    flags: int,
+    on_finding: Callable[[Finding], object] | None,
+    on_progress: Callable[[int, int], object] | None,
+    options: dict[str, OptionValue],
+) -> CheckResult:
+    """Has ``function`` check something. It gets what the C functions do, but for the first argument."""
     raised: list[BaseException] = []
 
     def finding(_: int | None, given: ctypes._Pointer[CFinding]) -> None:
@@ -87,10 +100,7 @@ def check(
         if on_finding is not None:
             _check(lib.qcow2_opts_set_finding(handle, finding_fn, None, None))
         _check(lib.qcow2_opts_set_progress(handle, progress_fn, None, None))
-        if isinstance(path, int):
-            code = lib.qcow2_check_fd(path, handle, _REPAIRS[repair], out, size)
-        else:
-            code = lib.qcow2_check(os.fsencode(path), handle, _REPAIRS[repair], out, size)
+        code = function(handle, flags, out, size)
     if raised:
         raise raised[0]
     _check(code)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from ._library import (
     PROGRESS_FN,
@@ -25,6 +26,9 @@ from ._library import (
     check,
     lib,
 )
+
+if TYPE_CHECKING:
+    from ._check import CheckResult, Finding
 
 #: Values of options: text as in qemu-img, numbers, and booleans for on and off.
 OptionValue = Union[str, int, bool]
@@ -208,12 +212,15 @@ class Image:
             self._handle = ctypes.c_void_p()
 
     def _call(self, function: Any, *arguments: Any) -> int:
+        return check(self._returned(function, *arguments))
+
+    def _returned(self, function: Any, *arguments: Any) -> int:
         with self._idle:
             if not self._handle:
                 raise ValueError("the image is closed")
             self._users += 1
         try:
-            return check(function(self._handle, *arguments))
+            return int(function(self._handle, *arguments))
         finally:
             with self._idle:
                 self._users -= 1
@@ -439,6 +446,21 @@ class Image:
                 raise ValueError(f"date must be from 0 to 2**32, not {date}")
             facts.date_sec, facts.date_nsec = int(date), int(date % 1 * 1e9)
         self._call(lib.qcow2_snapshot_create, name.encode(), ctypes.byref(facts), 0)
+
+    def check(
+        self,
+        *,
+        on_finding: Callable[[Finding], object] | None = None,
+        on_progress: Progress | None = None,
+        **options: OptionValue,
+    ) -> CheckResult:
+        """Checks the image as it is now, while it is open; other threads wait. Repairs nothing: see :func:`qcow2.check`.
+
+        The functions are as there, and must not use the image.
+        """
+        from ._check import run
+
+        return run(functools.partial(self._returned, lib.qcow2_check_image), 0, on_finding, on_progress, options)
 
     def snapshot_apply(self, id_or_name: str) -> None:
         """Makes the disk what it was when the snapshot was taken, its size included."""

@@ -224,6 +224,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int,
         [ctypes.c_int, _HANDLE, ctypes.c_uint32, ctypes.POINTER(CCheckResult), ctypes.c_size_t],
     ),
+    "qcow2_check_image": (
+        ctypes.c_int,
+        [_HANDLE, _HANDLE, ctypes.c_uint32, ctypes.POINTER(CCheckResult), ctypes.c_size_t],
+    ),
     "qcow2_bitmap_describe": (
         ctypes.c_int,
         [_HANDLE, ctypes.c_size_t, ctypes.POINTER(CBitmap), ctypes.c_size_t],

@@ -446,6 +446,29 @@ class Check(Case):
         with self.assertRaises(ValueError):
             qcow2.check(path, repair="some")
 
+    def test_an_open_image_is_checked(self) -> None:
+        with self.image() as image:
+            image.write(b"x" * 65536, 0)
+            image.write(b"y" * 65536, 3 * 65536)
+            calls: list[int] = []
+            result = image.check(on_progress=lambda done, total: calls.append(done), check_memory="1M")
+            self.assertTrue(result.is_sound and calls)
+            self.assertEqual((result.leaks, result.allocated_clusters, result.total_clusters), (0, 2, 16))
+            image.flush()
+            with open(self.disk, "r+b") as file:
+                file.seek(0x20000 + 2 * 5)
+                file.write(b"\0\3")
+            findings: list[qcow2.Finding] = []
+            self.assertEqual((image.check(on_finding=findings.append).leaks, len(findings)), (1, 2))
+            with self.assertRaises(ZeroDivisionError):
+                image.check(on_finding=lambda finding: 1 // 0)
+            with self.assertRaises(qcow2.QcowError) as caught:
+                image.check(on_progress=lambda done, total: True)
+            self.assertEqual(caught.exception.code, qcow2.Code.CANCELLED)
+            image.write(b"z", 0)
+        with self.assertRaises(ValueError):
+            image.check()
+
 
 class Package(unittest.TestCase):
     def test_numbers_and_structs_are_those_of_the_header(self) -> None:

@@ -1,8 +1,8 @@
 //! Check and repair
 //!
 //! Whether an image is consistent, and putting right what can be put right. The image is named by its path, descriptor
-//! or storage, not by a handle: what needs a repair cannot be opened for writing. (A dirty image can: such an open
-//! repairs it first.) Of the options, "locking", "check_memory" and the log, progress and finding functions count.
+//! or storage: what needs a repair cannot be opened for writing. (A dirty image can: such an open repairs it first.) An
+//! image that is open is checked by its handle, and not repaired. Of the options, "locking", "check_memory" and the log, progress and finding functions count.
 //! Nothing that the image refers to is opened.
 
 use std::ffi::CString;
@@ -12,8 +12,8 @@ use std::sync::Arc;
 use libc::{c_char, c_int, c_void};
 
 use super::arguments::{flags as check_flags, path};
-use super::boundary::{call, null};
-use super::image::duplicate;
+use super::boundary::{call, call_on, null};
+use super::image::{duplicate, qcow2_image};
 use super::opts::{Call, qcow2_destroy_fn, qcow2_opts};
 use super::storage::{UserData, qcow2_storage};
 use super::structs::{self, AbiStruct};
@@ -183,43 +183,59 @@ fn repair_of(flags: u32) -> Result<Repair> {
     })
 }
 
-/// Checks what `storage` gives, with the caller's options.
+/// Has `run` check something, with the caller's options, and tells the caller.
 ///
 /// # Safety
 /// `opts` is NULL or options that nobody changes during the call; `out` is NULL or valid for writes of `out_size` bytes.
 unsafe fn check(
+    run: impl FnOnce(&OpenOptions, &mut CheckOptions<'_>) -> Result<CheckResult>,
+    opts: *const qcow2_opts,
+    flags: u32,
+    out: *mut qcow2_check_result,
+    out_size: usize,
+) -> Result<()> {
+    let repair = repair_of(flags)?;
+    // SAFETY: the caller's promise.
+    unsafe { structs::fill("out", out, out_size, &qcow2_check_result::new(&CheckResult::default())) }?;
+    // SAFETY: the caller's promise.
+    let opts = unsafe { opts.as_ref() };
+    opts.map_or(Ok(()), |opts| opts.refuse_unused(Call::Check))?;
+    let mut on_finding = |finding: &Finding| {
+        let text = CString::new(finding.to_string()).unwrap_or_default();
+        if let Some(opts) = opts {
+            opts.tell_finding(&qcow2_finding::new(finding, &text));
+        }
+    };
+    let mut on_progress = |done, total| opts.is_none_or(|opts| opts.tell(done, total));
+    let defaults = OpenOptions::default();
+    let open = opts.map_or(&defaults, |opts| &opts.open);
+    let mut options = CheckOptions { repair, memory_bytes: open.check_memory, ..CheckOptions::default() };
+    if opts.is_some_and(qcow2_opts::wants_findings) {
+        options.on_finding = Some(&mut on_finding);
+    }
+    options.on_progress = Some(&mut on_progress);
+    let result = run(open, &mut options)?;
+    // SAFETY: the caller's promise.
+    unsafe { structs::fill("out", out, out_size, &qcow2_check_result::new(&result)) }
+}
+
+/// As [`check`], of what `storage` gives.
+///
+/// # Safety
+/// As of [`check`].
+unsafe fn check_storage(
     storage: impl FnOnce(Repair) -> Result<(Arc<dyn Storage>, String)>,
     opts: *const qcow2_opts,
     flags: u32,
     out: *mut qcow2_check_result,
     out_size: usize,
 ) -> c_int {
-    call(|| {
-        let repair = repair_of(flags)?;
-        // SAFETY: the caller's promise.
-        unsafe { structs::fill("out", out, out_size, &qcow2_check_result::new(&CheckResult::default())) }?;
-        // SAFETY: the caller's promise.
-        let opts = unsafe { opts.as_ref() };
-        opts.map_or(Ok(()), |opts| opts.refuse_unused(Call::Check))?;
-        let (storage, name) = storage(repair)?;
-        let mut on_finding = |finding: &Finding| {
-            let text = CString::new(finding.to_string()).unwrap_or_default();
-            if let Some(opts) = opts {
-                opts.tell_finding(&qcow2_finding::new(finding, &text));
-            }
-        };
-        let mut on_progress = |done, total| opts.is_none_or(|opts| opts.tell(done, total));
-        let defaults = OpenOptions::default();
-        let open = opts.map_or(&defaults, |opts| &opts.open);
-        let mut options = CheckOptions { repair, memory_bytes: open.check_memory, ..CheckOptions::default() };
-        if opts.is_some_and(qcow2_opts::wants_findings) {
-            options.on_finding = Some(&mut on_finding);
-        }
-        options.on_progress = Some(&mut on_progress);
-        let result = block_on(check_with(&Blocking, storage, &name, open, &mut options))?;
-        // SAFETY: the caller's promise.
-        unsafe { structs::fill("out", out, out_size, &qcow2_check_result::new(&result)) }
-    })
+    let run = |open: &OpenOptions, options: &mut CheckOptions<'_>| {
+        let (storage, name) = storage(options.repair)?;
+        block_on(check_with(&Blocking, storage, &name, open, options))
+    };
+    // SAFETY: the caller's promise.
+    call(|| unsafe { check(run, opts, flags, out, out_size) })
 }
 
 /// Lets the caller see what a check finds, one thing at a time and in no particular order. A repair tells what its first
@@ -281,7 +297,7 @@ pub unsafe extern "C" fn qcow2_check(
         Ok((storage, path.display().to_string()))
     };
     // SAFETY: pointers as in the manual above.
-    unsafe { check(open, opts, flags, out, out_size) }
+    unsafe { check_storage(open, opts, flags, out, out_size) }
 }
 
 /// As qcow2_check(), for a file that the caller has opened: for reading, and for writing if it is to be repaired.
@@ -304,7 +320,7 @@ pub unsafe extern "C" fn qcow2_check_fd(
         Ok((storage, String::new()))
     };
     // SAFETY: pointers as in the manual above.
-    unsafe { check(open, opts, flags, out, out_size) }
+    unsafe { check_storage(open, opts, flags, out, out_size) }
 }
 
 /// As qcow2_check(), for a storage of the caller, which must be able to write and flush if the image is to be repaired.
@@ -327,5 +343,33 @@ pub unsafe extern "C" fn qcow2_check_storage(
         Ok((Arc::clone(&storage.inner), String::new()))
     };
     // SAFETY: pointers as in the manual above.
-    unsafe { check(open, opts, flags, out, out_size) }
+    unsafe { check_storage(open, opts, flags, out, out_size) }
+}
+
+/// As qcow2_check(), for an image that is open, by whatever way. Nothing is repaired: for that, the image is closed first.
+///
+/// image: the handle; not that of a snapshot from qcow2_snapshot_open()
+/// flags: 0
+/// opts, out, out_size: as in qcow2_check(); option "locking" does not count
+///
+/// What has been written through the handle is made durable first, as by qcow2_flush(). Requests of other threads and of
+/// queues wait until the check is done; the finding and progress functions must not call into the image.
+/// Returns 0 or a negative errno, as qcow2_check(); -EINVAL flags, or the handle of a snapshot; -EIO the handle writes
+/// no more, because corruption was found or a flush has failed: close it, and check the file.
+/// Thread-safe. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_check_image(
+    image: *mut qcow2_image,
+    opts: *const qcow2_opts,
+    flags: u32,
+    out: *mut qcow2_check_result,
+    out_size: usize,
+) -> c_int {
+    let check = |image: &qcow2_image| {
+        let run = |_: &OpenOptions, options: &mut CheckOptions<'_>| image.image.check(options);
+        // SAFETY: pointers as in the manual above.
+        unsafe { check(run, opts, flags, out, out_size) }
+    };
+    // SAFETY: NULL or an open handle by the manual above.
+    unsafe { call_on(image, check) }
 }

@@ -1,7 +1,9 @@
 //! Counts against the refcount blocks: what is counted too often (leaks), what not often enough, which COPIED flags
 //! cannot be right. Chunks in which everything is as it should be are passed over in one go.
 
-use super::counts::{CHUNK, COPIED, Chunk, Counter, Counts, METADATA, OUTSIDE, PLAIN};
+use std::sync::Arc;
+
+use super::counts::{CHUNK, COPIED, Chunk, Counter, Counts, METADATA, PLAIN};
 use super::finding::{Finding, FindingKind};
 use super::{Checker, Plan};
 use crate::error::Result;
@@ -12,7 +14,7 @@ use crate::storage::Io;
 #[derive(Debug, Clone, Default)]
 pub struct RefcountTable {
     /// Its entries.
-    pub entries: Vec<u64>,
+    pub entries: Arc<[u64]>,
     /// It lies where a table can lie.
     pub is_usable: bool,
 }
@@ -53,7 +55,7 @@ fn is_healthy(part: &[u8], counters: &[u16]) -> Option<Option<usize>> {
         let (stored, references) = (u16::from_be_bytes(*stored), counter & 0x0fff);
         let copied = if stored == 1 { PLAIN } else { COPIED };
         let shared = if references > 1 { METADATA } else { 0 };
-        wrong |= (stored ^ references) | counter & (copied | shared | OUTSIDE);
+        wrong |= (stored ^ references) | counter & (copied | shared);
     }
     (wrong == 0).then(|| counters.iter().rposition(|counter| counter & 0x0fff != 0))
 }
@@ -180,7 +182,7 @@ impl<I: Io> Checker<'_, '_, I> {
         let order = self.geometry.refcount_order;
         let mut bytes = std::mem::take(&mut self.buffer);
         let mut stored = Vec::new();
-        let mut copied_wrong = false;
+        let mut copied_wrong = counts.has_far_copied();
         for index in self.blocks_of(counts) {
             let block = self.block(index);
             let (mut parts, size) = (self.parts(counts, index).peekable(), self.geometry.cluster_size_bytes());
@@ -190,11 +192,15 @@ impl<I: Io> Checker<'_, '_, I> {
             match block {
                 Block::At(offset) => self.read(&mut bytes[base as usize..size as usize], offset + base).await?,
                 Block::None | Block::Outside => bytes[..size as usize].fill(0),
-                // What the counts are is not known: that is one corruption, and no others follow from it.
+                // What the counts are is not known: that is one corruption. What is wrong whatever they are is told, as the
+                // next check would.
                 Block::Malformed => {
-                    let used = parts.flat_map(|(first, n)| first..first + n);
-                    let last = used.filter(|cluster| counts.get(*cluster).references > 0).last();
-                    self.sum.used_end = self.sum.used_end.max(last.map_or(0, |last| last + 1));
+                    let max = self.geometry.refcount_max();
+                    for (first, n) in parts {
+                        let right = (first..first + n).map(|cluster| counts.get(cluster).references.min(max));
+                        let right: Vec<u64> = right.collect();
+                        copied_wrong |= self.compare_part(counts, block, first, &right);
+                    }
                     continue;
                 }
             }
@@ -235,10 +241,6 @@ impl<I: Io> Checker<'_, '_, I> {
         for (cluster, &stored) in (first..).zip(stored) {
             let counter = counts.get(cluster);
             let is_inside = cluster < self.file_clusters();
-            if counter.flags & OUTSIDE != 0 && !is_inside {
-                let (low, high) = self.sum.outside.unwrap_or((cluster, cluster));
-                self.sum.outside = Some((low.min(cluster), high.max(cluster + 1)));
-            }
             if is_inside || counter.references > 0 {
                 self.compare_one(&mut run, block, cluster, stored, counter);
             }
@@ -320,7 +322,7 @@ mod tests {
         assert_eq!(is_healthy(&stored(&[1, 0, 3, 1]), &[1 | COPIED, 0, 3 | PLAIN, 1]), Some(Some(3)));
         assert_eq!(is_healthy(&stored(&[0, 0]), &[0, 0]), Some(None));
         for (count, counter) in
-            [(1, 0), (0, 1), (2, 1), (1, 1 | PLAIN), (2, 2 | COPIED), (2, 2 | METADATA), (0, OUTSIDE), (0, COPIED)]
+            [(1, 0), (0, 1), (2, 1), (1, 1 | PLAIN), (2, 2 | COPIED), (2, 2 | METADATA), (0, COPIED)]
         {
             assert_eq!(is_healthy(&stored(&[count]), &[counter]), None, "{count} {counter:x}");
         }

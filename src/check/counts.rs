@@ -3,6 +3,11 @@
 //! Counters are kept in chunks that come into being with the first reference to them. When they take up more memory
 //! than the caller allows, the highest chunk is dropped: this pass then counts up to there, and a later pass goes on
 //! from there. So a file of any size is counted, with more passes where memory is short, and each pass gets further.
+//! Where neither the file nor a refcount block reaches, no counter is needed ([`Near`]): otherwise, damaged entries that
+//! point anywhere would cost a pass each.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 /// log2 of the clusters in a chunk.
 const CHUNK_BITS: u32 = 12;
@@ -104,6 +109,30 @@ impl Chunk {
     }
 }
 
+/// Where clusters can have references or stored counts: in the file, and wherever there is a refcount block.
+#[derive(Debug, Clone)]
+pub struct Near {
+    /// Clusters of the file. What counts as inside of it may reach into one more.
+    pub file_clusters: u64,
+    /// log2 of the clusters that a refcount block counts.
+    pub block_bits: u32,
+    /// Entries of the refcount table.
+    pub blocks: Arc<[u64]>,
+}
+
+impl Near {
+    #[inline]
+    fn contains(&self, cluster: u64) -> bool {
+        cluster <= self.file_clusters || self.has_block(cluster)
+    }
+
+    #[cold]
+    fn has_block(&self, cluster: u64) -> bool {
+        let index = usize::try_from(cluster >> self.block_bits).unwrap_or(usize::MAX);
+        self.blocks.get(index).is_some_and(|entry| *entry != 0)
+    }
+}
+
 /// The counters of one pass: of the clusters from `start` to `end`.
 pub struct Counts {
     start: u64,
@@ -113,16 +142,31 @@ pub struct Counts {
     chunks: Vec<Option<Chunk>>,
     used_bytes: usize,
     bytes_max: usize,
+    near: Near,
+    outside: Option<Range<u64>>,
+    far_copied: bool,
 }
 
 impl Counts {
     /// Counters for a pass that begins at the chunk of cluster `from`. At least one chunk fits, whatever the limit.
-    pub fn new(from: u64, bytes_max: usize) -> Self {
+    pub fn new(from: u64, bytes_max: usize, near: Near) -> Self {
         let start = from & !(CHUNK - 1);
         // The directory takes up to a quarter of the memory.
         let chunks = (bytes_max as u64 / 64).clamp(CHUNKS_MIN, CHUNKS_MAX);
         let end = start.saturating_add(chunks * CHUNK);
-        Self { start, end, highest: 0, next: u64::MAX, chunks: Vec::new(), used_bytes: 0, bytes_max }
+        let (chunks, used_bytes) = (Vec::new(), 0);
+        Self {
+            start,
+            end,
+            highest: 0,
+            next: u64::MAX,
+            chunks,
+            used_bytes,
+            bytes_max,
+            near,
+            outside: None,
+            far_copied: false,
+        }
     }
 
     /// First cluster that this pass counts.
@@ -172,6 +216,34 @@ impl Counts {
         }
     }
 
+    /// Notes a reference to `n` neighbouring clusters, few of them, that reaches past the end of the file: it is not
+    /// counted. `flags` are of the first.
+    pub fn add_outside(&mut self, first: u64, n: u64, flags: u16) {
+        for cluster in first..first.saturating_add(n) {
+            let flags = OUTSIDE | if cluster == first { flags } else { 0 };
+            if self.near.contains(cluster) {
+                self.add(cluster, 1, 0, flags);
+            } else {
+                self.far_copied |= flags & COPIED != 0;
+            }
+        }
+        let (low, high) = (first.max(self.near.file_clusters), first.saturating_add(n));
+        if low < high {
+            let known = self.outside.take().unwrap_or(low..high);
+            self.outside = Some(known.start.min(low)..known.end.max(high));
+        }
+    }
+
+    /// From the lowest cluster past the end of the file that something refers to, to the highest.
+    pub fn outside(&self) -> Option<Range<u64>> {
+        self.outside.clone()
+    }
+
+    /// Whether an entry with COPIED refers to a cluster without a stored count: this pass, the first, has to tell.
+    pub fn has_far_copied(&self) -> bool {
+        self.far_copied && self.start == 0
+    }
+
     /// Brings a chunk into being, or widens it; drops the highest ones as long as there is no room.
     #[cold]
     fn make_room(&mut self, index: usize) {
@@ -214,13 +286,16 @@ impl Counts {
         (self.start..self.end).contains(&cluster).then(|| ((cluster - self.start) >> CHUNK_BITS) as usize)
     }
 
-    /// Whether this pass counts the cluster.
+    /// Whether this pass counts the cluster. The first pass counts all that can have no references.
     pub fn covers(&self, cluster: u64) -> bool {
-        (self.start..self.end).contains(&cluster)
+        if self.near.contains(cluster) { (self.start..self.end).contains(&cluster) } else { self.start == 0 }
     }
 
     /// The counter of a cluster that this pass counts.
     pub fn get(&self, cluster: u64) -> Counter {
+        if !self.near.contains(cluster) {
+            return Counter { references: 0, flags: OUTSIDE };
+        }
         self.chunk(cluster).map_or_else(Counter::default, |chunk| chunk.get((cluster & (CHUNK - 1)) as usize))
     }
 
@@ -235,9 +310,13 @@ impl Counts {
 mod tests {
     use super::*;
 
+    fn near(file_clusters: u64) -> Near {
+        Near { file_clusters, block_bits: 15, blocks: Arc::from([512, 0, 0, 512]) }
+    }
+
     #[test]
     fn counters_widen_and_keep_their_neighbours() {
-        let mut counts = Counts::new(0, 1 << 20);
+        let mut counts = Counts::new(0, 1 << 20, near(1 << 50));
         counts.add(4000, 200, 1, COPIED);
         counts.add(4001, 1, 70_000, METADATA);
         counts.add(4002, 2, 1500, 0);
@@ -263,13 +342,13 @@ mod tests {
             }
             counts.add(1 << 45, 3, 1, 0);
         };
-        let mut all = Counts::new(0, usize::MAX);
+        let mut all = Counts::new(0, usize::MAX, near(1 << 50));
         adds(&mut all);
         assert_eq!(all.next(), Some(1 << 45), "too far away for one directory");
         for limit in [0, 8 << 10, 100 << 10, 3 << 20] {
             let (mut from, mut passes, mut last) = (Some(0), 0, 0);
             while let Some(start) = from {
-                let mut part = Counts::new(start, limit);
+                let mut part = Counts::new(start, limit, near(1 << 50));
                 adds(&mut part);
                 assert!(part.used_bytes <= limit.max(32 << 10));
                 for cluster in part.start()..part.end().min(3_010_000) {
@@ -281,5 +360,23 @@ mod tests {
             }
             assert!(last >= 3_000_000 && passes < 1000 && (limit > 1 << 20 || passes > 3), "{passes} passes");
         }
+    }
+
+    /// Entries that point anywhere past the end of the file need no counters, unless a refcount block counts there.
+    #[test]
+    fn what_is_far_away_takes_no_memory() {
+        let mut counts = Counts::new(0, 1 << 20, near(100));
+        counts.add(99, 2, 1, 0);
+        (1..5000).for_each(|n| counts.add_outside((n << 40) + 7, 2, if n == 4000 { COPIED } else { PLAIN }));
+        assert_eq!((counts.next(), counts.chunk_starts().count()), (None, 1));
+        assert_eq!((counts.outside(), counts.has_far_copied()), (Some((1 << 40) + 7..(4999 << 40) + 9), true));
+        assert!(counts.covers(4000 << 40) && counts.get(4000 << 40) == Counter { references: 0, flags: OUTSIDE });
+        counts.add_outside(99, 3, COPIED);
+        assert_eq!(counts.get(99), Counter { references: 1, flags: OUTSIDE | COPIED });
+        assert_eq!(counts.get(100), Counter { references: 1, flags: OUTSIDE });
+        assert_eq!(counts.outside().unwrap().start, 100);
+        counts.add_outside(3 << 15, 1, PLAIN); // where there is a block
+        assert_eq!((counts.get(3 << 15).flags, counts.chunk_starts().count()), (OUTSIDE | PLAIN, 2));
+        assert!(!Counts::new(CHUNK, 0, near(100)).covers(4000 << 40), "in two passes");
     }
 }

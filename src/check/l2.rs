@@ -2,7 +2,7 @@
 //!
 //! This is where a check spends its time, so that entries which continue each other are counted as one run.
 
-use super::counts::{COPIED as COUNTED_COPIED, Counts, OUTSIDE, PLAIN};
+use super::counts::{COPIED as COUNTED_COPIED, Counts, PLAIN};
 use super::finding::FindingKind;
 use super::mend::droppable;
 use crate::format::l2::{COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO};
@@ -254,8 +254,7 @@ impl<'a> Scan<'a> {
         let flag = self.copied_flag(word & COPIED != 0);
         if is_outside(geometry, file_bytes, offset, size) {
             self.problem(index, FindingKind::OutsideFile, "data cluster", word);
-            self.counts.add(first, n, 0, OUTSIDE);
-            return self.counts.add(first, 1, 0, flag);
+            return self.counts.add_outside(first, n, flag);
         }
         self.counts.add(first, 1, self.uses.times, flag);
         self.counts.add(first + 1, n - 1, self.uses.times, 0);
@@ -287,7 +286,7 @@ impl<'a> Scan<'a> {
         let (first, n) = clusters_of(geometry, offset, extent.length_bytes);
         if is_outside(geometry, file_bytes, offset, extent.length_bytes) {
             self.problem(index, FindingKind::OutsideFile, "compressed cluster", word);
-            return self.counts.add(first, n, 0, OUTSIDE);
+            return self.counts.add_outside(first, n, 0);
         }
         self.counts.add(first, n, self.uses.times, 0);
     }

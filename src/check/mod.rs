@@ -26,6 +26,7 @@ mod repair;
 mod tables;
 mod walk;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
@@ -123,7 +124,7 @@ struct Sum {
     /// One past the last cluster that is used or counted, not past the end of the file.
     used_end: u64,
     /// The lowest cluster past the end of the file that something refers to, and one past the highest.
-    outside: Option<(u64, u64)>,
+    outside: Option<Range<u64>>,
     /// Refcounts cannot be put right where they are.
     rebuild: bool,
     /// Metadata lies where something else does.
@@ -213,6 +214,7 @@ impl<'a, 'o, I: Io> Checker<'a, 'o, I> {
         let mut plan = Plan { report: true, look: true, refcounts: true };
         while let Some(start) = from {
             let mut counts = self.count(start, plan).await?;
+            self.sum.outside = counts.outside();
             let copied = self.compare(&mut counts).await?;
             if copied {
                 self.tell_copied(&counts).await?;

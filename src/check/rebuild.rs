@@ -4,6 +4,8 @@
 //! one sector, leads to the new ones. The old ones are free from then on. Copies of guest clusters ([`super::detach`])
 //! are written and counted in the same go.
 
+use std::ops::Range;
+
 use super::compare::RefcountTable;
 use super::counts::{CHUNK, Counts};
 use super::detach::Copy;
@@ -53,7 +55,7 @@ impl<I: Io> Checker<'_, '_, I> {
         // Behind everything, the old structures included, whose own counts may not even know of it.
         let used_end = self.count(0, QUIET).await?.highest().max(self.sum.used_end);
         let mut place = self.place(used_end, copies).await?;
-        if let Some((low, high)) = self.sum.outside
+        if let Some(Range { start: low, end: high }) = self.sum.outside
             && place.first + place.clusters() > low
         {
             // What refers to nothing must not come to refer to the new structures: they go behind that, and the
@@ -83,7 +85,7 @@ impl<I: Io> Checker<'_, '_, I> {
         self.file.barrier(self.io).await?;
         self.header.refcount_table_offset = HostOffset(place.first << bits);
         self.header.refcount_table_clusters = place.table_clusters as u32;
-        self.refcounts = RefcountTable { entries, is_usable: true };
+        self.refcounts = RefcountTable { entries: entries.into(), is_usable: true };
         if copies.is_empty() {
             return Ok(());
         }

@@ -1,6 +1,6 @@
 //! L1 tables, and the L2 tables behind them: each L2 table is read once, however many entries refer to it.
 
-use super::counts::{COPIED as COUNTED_COPIED, Counts, METADATA, OUTSIDE, PLAIN};
+use super::counts::{COPIED as COUNTED_COPIED, Counts, METADATA, PLAIN};
 use super::finding::{Finding, FindingKind};
 use super::l2::{Problem, Scan, Uses, clusters_of, is_outside};
 use super::walk::Area;
@@ -202,8 +202,7 @@ impl<I: Io> Checker<'_, '_, I> {
         let outside = is_outside(self.geometry, self.file_bytes, table.offset, size);
         if outside {
             self.wrong_table(plan, FindingKind::OutsideFile, table);
-            counts.add(first, n, 0, OUTSIDE);
-            counts.add(first, 1, 0, table.flags);
+            counts.add_outside(first, n, table.flags);
         } else if is_aligned {
             counts.add(first, 1, times, METADATA | table.flags);
         } else {

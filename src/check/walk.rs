@@ -1,7 +1,9 @@
 //! What the header leads to: areas of known length, the snapshot table, the bitmap directory; and one walk that counts
 //! all references to the clusters of a window.
 
-use super::counts::{Counts, METADATA};
+use std::sync::Arc;
+
+use super::counts::{Counts, METADATA, Near};
 use super::finding::{Finding, FindingKind};
 use super::l2::{clusters_of, is_outside};
 use super::{Checker, Plan, READ_BYTES};
@@ -135,7 +137,9 @@ impl<I: Io> Checker<'_, '_, I> {
 
     /// Counts all references to the clusters of the window that begins at `from`, which ends where memory does.
     pub(super) async fn count(&mut self, from: u64, plan: Plan) -> Result<Counts> {
-        let mut counts = Counts::new(from, (self.options.memory_bytes / 4 * 3) as usize);
+        let (file_clusters, block_bits) = (self.file_clusters(), self.geometry.refcount_block_bits());
+        let near = Near { file_clusters, block_bits, blocks: Arc::clone(&self.refcounts.entries) };
+        let mut counts = Counts::new(from, (self.options.memory_bytes / 4 * 3) as usize, near);
         for index in 0..self.areas.len() {
             let area = self.areas[index];
             self.count_area(&mut counts, area, plan);

@@ -92,6 +92,12 @@ impl Image {
     /// be written.
     pub(super) async fn hold_alone<I: Io>(&self, io: &I) -> Result<Alone<'_>> {
         self.prepare_write(io).await?;
+        self.hold_still(io).await
+    }
+
+    /// As [`Image::hold_alone`], for who is not going to change anything: of an image that has not been written yet, the
+    /// header stays as it is.
+    pub(super) async fn hold_still<I: Io>(&self, io: &I) -> Result<Alone<'_>> {
         let entries = self.entries.claim_all().await;
         let clusters = self.cluster_claims.claim_all().await;
         // From here on dropping it, at whatever point, lets everybody in again.

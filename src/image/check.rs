@@ -1,13 +1,16 @@
 //! Checking and repairing an image that nobody has open: what [`crate::check`] needs around it, which is a header
 //! that can be read although its refcount table cannot, and the locks. Nothing that the image refers to is opened.
+//! And checking one that is open, which is held alone meanwhile.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use super::Image;
 use super::backing::open_file;
 use super::load::{load_header, load_header_leniently};
 use super::open::HeldLock;
 use super::options::{Locking, LogLevel, OpenOptions};
+use super::status::READ_ONLY;
 pub use crate::check::{
     CheckOptions, CheckResult, Finding, FindingKind, MEMORY_BYTES_DEFAULT, MEMORY_BYTES_MIN, OnFinding, Repair,
 };
@@ -16,7 +19,7 @@ use crate::format::Header;
 use crate::storage::lock::LockMode;
 use crate::storage::{Blocking, Io, Storage};
 use crate::tables::file::HostFile;
-use crate::wait::block_on;
+use crate::wait::{block_on, lock};
 
 /// Repairs an image that was left dirty, before it is opened for writing. The caller holds its lock, and nobody else
 /// may be writing: not with locks that are shared.
@@ -72,4 +75,38 @@ pub async fn check_with<I: Io>(
     let size = storage.size().map_err(|e| Error::io(IoOp::Size, 0, &e))?;
     header.check_l1_placement(size)?;
     crate::check::check(io, &HostFile::new(storage), &header, options).await
+}
+
+impl Image {
+    /// Checks the image while it is open, and repairs nothing. Everything acknowledged is made durable first; requests that
+    /// come meanwhile wait.
+    pub fn check(&self, options: &mut CheckOptions<'_>) -> Result<CheckResult> {
+        self.block(self.check_open_with(&Blocking, options))
+    }
+
+    /// As [`Image::check`].
+    pub async fn check_open_with<I: Io>(&self, io: &I, options: &mut CheckOptions<'_>) -> Result<CheckResult> {
+        self.status.check_read()?;
+        if options.repair != Repair::Nothing {
+            let why = "ask for a repair, and an image is not repaired while it is open; close it, and repair the file";
+            return Err(Error::Argument { name: "flags", why });
+        }
+        if lock(&self.opened_as).is_some() {
+            let why = "is a snapshot of an image that is open itself, and may be changing; check that image";
+            return Err(Error::Argument { name: "image", why });
+        }
+        // What is only read is at rest as it is.
+        let _alone = match self.status.any(READ_ONLY) {
+            true => None,
+            false => {
+                let alone = self.hold_still(io).await?;
+                self.free_all(io).await?;
+                Some(alone)
+            }
+        };
+        let file = &self.active().file;
+        let header = load_header_leniently(io, file.storage()).await?;
+        header.check_l1_placement(file.size_bytes()?)?;
+        crate::check::check(io, file, &header, options).await
+    }
 }

@@ -62,6 +62,20 @@ impl Image {
         }
     }
 
+    /// Frees all that has been released, durably: what the file holds then has no leaks. For who is alone.
+    pub(super) async fn free_all<I: Io>(&self, io: &I) -> Result<()> {
+        let tables = self.active();
+        loop {
+            if let Err(e) = self.free_released(io).await? {
+                return Err(self.note_error(io, e).await);
+            }
+            if !tables.refcounts.with(|state| state.waits_for_write()) {
+                return Ok(());
+            }
+            tables.flush(io).await?; // which may set free the clusters of a refcount table that moved
+        }
+    }
+
     /// `false`: the tables have to be flushed before it can go on.
     async fn free_some<I: Io>(&self, io: &I) -> Result<bool> {
         if !self.allocator.settle(io, self.active(), self.unmap).await? || self.drop_empty_tables(io).await? {
@@ -108,15 +122,7 @@ impl Image {
             if let Err(e) = self.store_bitmaps(io).await {
                 return Err(self.note_error(io, e).await);
             }
-            loop {
-                if let Err(e) = self.free_released(io).await? {
-                    return Err(self.note_error(io, e).await);
-                }
-                if !tables.refcounts.with(|state| state.waits_for_write()) {
-                    break;
-                }
-                tables.flush(io).await?; // which may set free the clusters of a refcount table that moved
-            }
+            self.free_all(io).await?;
             if tables.refcounts.with(|state| state.has_freed || state.has_extended())
                 && let Err(e) = self.trim_file(io).await
             {

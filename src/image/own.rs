@@ -126,6 +126,14 @@ impl Image {
         error
     }
 
+    /// As [`Image::note_error`], of an outcome.
+    pub(super) async fn noting<I: Io, T>(&self, io: &I, outcome: Result<T>) -> Result<T> {
+        match outcome {
+            Ok(done) => Ok(done),
+            Err(e) => Err(self.note_error(io, e).await),
+        }
+    }
+
     /// What has been acknowledged goes to disk first; then the corrupt bit, which forbids writing (spec,
     /// "incompatible_features"). Version 2 has no such bit.
     async fn mark_corrupt<I: Io>(&self, io: &I) -> Result<()> {

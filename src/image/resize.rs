@@ -19,6 +19,7 @@ use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::header::DATA_FILE_BYTES_MAX;
 use crate::format::{ClusterState, GuestOffset, HostOffset, L1Index, L2Entry};
 use crate::storage::{Io, IoDst};
+use crate::tables::Tables;
 
 /// How a disk is to get another size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -171,12 +172,7 @@ impl Alone<'_> {
         let mut bytes = vec![0u8; tables.geometry.cluster_size_bytes() as usize];
         let got = tables.file.read(io, &[IoDst::from(&mut bytes[..])], at).await?;
         if got < bytes.len() {
-            return Err(Error::Corrupt(Corruption {
-                kind: CorruptionKind::L2TableBeyondEof,
-                host_offset: tables.l1.entry_offset(index).0,
-                guest_offset: Some(index.0 * tables.geometry.l2_table_covers_bytes()),
-                value: at.0,
-            }));
+            return Err(table_beyond_eof(tables, index, at));
         }
         Ok(Some(StoredTable { at, ours, bytes }))
     }
@@ -187,7 +183,15 @@ impl Alone<'_> {
         let geometry = tables.geometry;
         let guest = GuestOffset(index.0 * geometry.l2_table_covers_bytes() + ((entry as u64) << geometry.cluster_bits));
         let stored = table.entry(entry, geometry.l2_entry_bytes() as usize);
-        Ok((guest, tables.meaning(stored, guest, table.ours)?))
+        let state = tables.meaning(stored, guest, table.ours).map_err(|error| match error {
+            // The L1 entry may be gone that would tell where the table is.
+            Error::Corrupt(found) => {
+                let host_offset = table.at.0 + entry as u64 * geometry.l2_entry_bytes();
+                Error::Corrupt(Corruption { host_offset, ..found })
+            }
+            other => other,
+        });
+        Ok((guest, state?))
     }
 
     /// Releases everything that an L2 table refers to, and the table: nothing refers to it any more.
@@ -236,6 +240,15 @@ impl Alone<'_> {
             self.image().log(LogLevel::Warning, &format!("{what}: {e}"));
         }
     }
+}
+
+fn table_beyond_eof(tables: &Tables, index: L1Index, at: HostOffset) -> Error {
+    Error::Corrupt(Corruption {
+        kind: CorruptionKind::L2TableBeyondEof,
+        host_offset: tables.l1.entry_offset(index).0,
+        guest_offset: Some(index.0 * tables.geometry.l2_table_covers_bytes()),
+        value: at.0,
+    })
 }
 
 fn set_roots(header: &mut crate::format::Header, size: u64, l1_at: HostOffset, l1_entries: u64) {

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use super::file::HostFile;
+use super::places::Places;
 use crate::error::{Error, Result};
+use crate::format::l2::OFFSET_MASK;
 use crate::format::{HostOffset, L1Index};
 use crate::storage::{Io, IoDst};
 use crate::wait::lock;
@@ -25,6 +27,7 @@ pub struct L1Table {
     count: AtomicU64,
     offset: AtomicU64,
     dirty: Mutex<Dirty>,
+    places: Option<Mutex<Places>>, // where the entries lead to, if anybody asks
 }
 
 #[derive(Default)]
@@ -62,7 +65,22 @@ impl L1Table {
             more: [const { OnceLock::new() }; MORE_SEGMENTS],
             offset: AtomicU64::new(offset.0),
             dirty: Mutex::default(),
+            places: None,
         }
+    }
+
+    /// From now on, [`L1Table::table_in`] knows. Before the first change.
+    pub fn note_places(&mut self, cluster_bytes: u64) {
+        let offsets = (0..self.count()).map(|index| self.get(L1Index(index)) & OFFSET_MASK);
+        self.places = Some(Mutex::new(Places::of(cluster_bytes, offsets)));
+    }
+
+    /// The first place in a range of host offsets that an entry, other than `own`, leads to. Nothing is known before
+    /// [`L1Table::note_places`].
+    pub fn table_in(&self, offsets: std::ops::Range<u64>, own: Option<L1Index>) -> Option<HostOffset> {
+        let places = lock(self.places.as_ref()?);
+        let own = own.map(|index| self.get(index) & OFFSET_MASK); // changed under the same lock
+        places.first_in(offsets, own).map(HostOffset)
     }
 
     /// Number of entries.
@@ -116,6 +134,10 @@ impl L1Table {
         debug_assert!(dirty.sectors.is_empty(), "changes of a table that is replaced are lost");
         dirty.sectors.clear();
         let count = entries.len() as u64;
+        let mut places = self.places.as_ref().map(lock);
+        if let Some(places) = &mut places {
+            places.refill(entries.iter().map(|entry| entry & OFFSET_MASK));
+        }
         for (index, &entry) in entries.iter().enumerate() {
             self.entry(index as u64).store(entry, Ordering::Release);
         }
@@ -146,7 +168,11 @@ impl L1Table {
     pub fn set(&self, index: L1Index, entry: u64, early: bool) {
         let mut dirty = lock(&self.dirty);
         assert!(index.0 < self.count(), "an L1 entry past the end of the table");
-        self.entry(index.0).store(entry, Ordering::Release);
+        let mut places = self.places.as_ref().map(lock);
+        let old = self.entry(index.0).swap(entry, Ordering::AcqRel);
+        if let Some(places) = &mut places {
+            places.change(old & OFFSET_MASK, entry & OFFSET_MASK);
+        }
         dirty.is_early = early && (dirty.is_early || dirty.sectors.is_empty());
         dirty.sectors.insert(index.0 / ENTRIES_PER_SECTOR);
     }

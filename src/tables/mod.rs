@@ -7,6 +7,7 @@ pub mod l1;
 pub mod l2;
 pub mod order;
 pub mod overlap;
+pub mod places;
 pub mod refcounts;
 pub mod snapshots;
 

@@ -7,17 +7,16 @@
 //! all        L1 and L2 tables of snapshots, bitmap directory and tables   read before the first write, and again
 //!                                                                         after whatever moves them
 //! ```
-//! `constant` costs a comparison, without a lock. The rest takes time in proportion to the L1 and refcount tables, and is
-//! for images that are not trusted.
+//! `constant` costs a comparison, without a lock. The rest takes a lock and a search in a tree, and memory in proportion
+//! to the tables that there are; it is for images that are not trusted.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
 
 use super::refcounts::DirtyRefcounts;
 use super::{Tables, metadata_clusters};
 use crate::error::{Corruption, CorruptionKind, Error, Result, Structure};
-use crate::format::l2::OFFSET_MASK;
 use crate::format::{Header, HostCluster, HostOffset, L1Index};
 use crate::wait::lock;
 
@@ -51,14 +50,23 @@ impl OverlapCheck {
 /// Metadata that only the file tells of.
 #[derive(Default)]
 pub struct Inactive {
-    clusters: HashMap<u64, Structure>,
-    ranges: Vec<(Range<u64>, Structure)>,
+    clusters: BTreeMap<u64, Structure>,
+    ranges: BTreeMap<u64, (u64, Structure)>, // end of each by its start; no two overlap
 }
 
 impl Inactive {
-    /// Adds a table.
-    pub fn add_range(&mut self, clusters: Range<u64>, structure: Structure) {
-        self.ranges.push((clusters, structure));
+    /// Adds a table. Of what overlaps with others, what is known of them stays.
+    pub fn add_range(&mut self, mut clusters: Range<u64>, structure: Structure) {
+        while !clusters.is_empty() {
+            let before = self.ranges.range(..=clusters.start).next_back().map(|(_, (end, _))| *end);
+            clusters.start = before.map_or(clusters.start, |end| end.max(clusters.start));
+            let next = self.ranges.range(clusters.start..).next().map(|(start, _)| *start);
+            let end = next.map_or(clusters.end, |start| start.min(clusters.end));
+            if clusters.start < end {
+                self.ranges.insert(clusters.start, (end, structure));
+            }
+            clusters.start = clusters.start.max(end);
+        }
     }
 
     /// Adds one cluster.
@@ -66,9 +74,14 @@ impl Inactive {
         self.clusters.insert(cluster, structure);
     }
 
-    fn find(&self, cluster: u64) -> Option<Structure> {
-        let range = self.ranges.iter().find(|(range, _)| range.contains(&cluster));
-        range.map(|(_, structure)| *structure).or_else(|| self.clusters.get(&cluster).copied())
+    /// The first of these clusters that is metadata.
+    fn first_in(&self, clusters: &Range<u64>) -> Option<(u64, Structure)> {
+        let before = self.ranges.range(..=clusters.start).next_back();
+        let around = before.filter(|(_, (end, _))| *end > clusters.start && !clusters.is_empty());
+        let range = around.or_else(|| self.ranges.range(clusters.clone()).next());
+        let range = range.map(|(start, (_, structure))| (*start.max(&clusters.start), *structure));
+        let one = self.clusters.range(clusters.clone()).next().map(|(cluster, structure)| (*cluster, *structure));
+        range.into_iter().chain(one).min_by_key(|(cluster, _)| *cluster)
     }
 }
 
@@ -83,7 +96,7 @@ pub(super) struct Overlap {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Own {
     Nothing,
-    Table(u64),
+    Table(L1Index),
     Block(u64),
 }
 
@@ -91,6 +104,10 @@ impl Tables {
     /// Chooses what writes are checked against, before there are any.
     pub fn set_overlap_check(&mut self, check: OverlapCheck, header: &Header) {
         self.overlap.check = check;
+        if check >= OverlapCheck::Cached {
+            self.l1.note_places(self.geometry.cluster_size_bytes());
+            self.refcounts.with(|state| state.note_places());
+        }
         self.note_metadata(header);
     }
 
@@ -114,7 +131,9 @@ impl Tables {
     #[inline]
     pub fn metadata_in(&self, cluster: HostCluster) -> Option<Structure> {
         match self.constant_in(cluster) {
-            None if self.overlap.check >= OverlapCheck::Cached => self.known_in(cluster, Own::Nothing),
+            None if self.overlap.check >= OverlapCheck::Cached => {
+                self.known_in(cluster.0..cluster.0 + 1, Own::Nothing).map(|(_, structure)| structure)
+            }
             constant => constant,
         }
     }
@@ -128,21 +147,23 @@ impl Tables {
         (index < 3 || !self.refcounts.has_moved()).then(|| constant[index])
     }
 
+    /// The first of these clusters that is known to be in use as metadata, other than `own`.
     #[cold]
-    fn known_in(&self, cluster: HostCluster, own: Own) -> Option<Structure> {
-        let at = self.geometry.host_offset(cluster).0;
-        let mut tables = (0..self.l1.count()).filter(|&index| own != Own::Table(index));
-        if at != 0 && tables.any(|index| self.l1.get(L1Index(index)) & OFFSET_MASK == at) {
-            return Some(Structure::L2Table);
-        }
-        let is_block = |index: Option<u64>| index.is_some_and(|index| own != Own::Block(index));
-        if is_block(self.refcounts.with(|state| state.block_in(cluster))) {
-            return Some(Structure::RefcountBlock);
-        }
-        match self.overlap.check {
-            OverlapCheck::All => lock(&self.overlap.inactive).find(cluster.0),
+    fn known_in(&self, clusters: Range<u64>, own: Own) -> Option<(HostCluster, Structure)> {
+        let own_table = if let Own::Table(index) = own { Some(index) } else { None };
+        let own_block = if let Own::Block(index) = own { Some(index) } else { None };
+        let at = |cluster| self.geometry.host_offset(HostCluster(cluster)).0;
+        let offsets = at(clusters.start)..at(clusters.end);
+        let cluster = |place: HostOffset| self.geometry.host_cluster(place);
+        let table = self.l1.table_in(offsets.clone(), own_table).map(|at| (cluster(at), Structure::L2Table));
+        let block = self.refcounts.with(|state| state.block_in(offsets, own_block));
+        let block = block.map(|at| (cluster(at), Structure::RefcountBlock));
+        let inactive = match self.overlap.check {
+            OverlapCheck::All => lock(&self.overlap.inactive).first_in(&clusters),
             _ => None,
-        }
+        };
+        let inactive = inactive.map(|(cluster, structure)| (HostCluster(cluster), structure));
+        [table, block, inactive].into_iter().flatten().min_by_key(|(cluster, _)| cluster.0)
     }
 
     /// Refuses clusters that are to be handed out, or punched, and hold metadata.
@@ -150,13 +171,13 @@ impl Tables {
         if self.overlap.check < OverlapCheck::Cached {
             return Ok(()); // the allocator has looked at what is constant
         }
-        for cluster in clusters.map(HostCluster) {
-            if let Some(structure) = self.known_in(cluster, Own::Nothing) {
-                let kind = CorruptionKind::StructureCountedFree(structure);
-                return Err(self.refcounts.with(|state| state.corrupt(kind, cluster)));
-            }
-        }
-        Ok(())
+        self.refuse(self.known_in(clusters, Own::Nothing))
+    }
+
+    fn refuse(&self, found: Option<(HostCluster, Structure)>) -> Result<()> {
+        let Some((cluster, structure)) = found else { return Ok(()) };
+        let kind = CorruptionKind::StructureCountedFree(structure);
+        Err(self.refcounts.with(|state| state.corrupt(kind, cluster)))
     }
 
     /// Refuses to change an L2 table that lies in other metadata.
@@ -165,9 +186,8 @@ impl Tables {
         if self.overlap.check < OverlapCheck::Cached || table == HostOffset(0) {
             return Ok(());
         }
-        let Some(structure) = self.known_in(self.geometry.host_cluster(table), Own::Table(index.0)) else {
-            return Ok(());
-        };
+        let cluster = self.geometry.host_cluster(table).0;
+        let Some((_, structure)) = self.known_in(cluster..cluster + 1, Own::Table(index)) else { return Ok(()) };
         let guest_offset = Some(index.0 * self.geometry.l2_table_covers_bytes());
         let (kind, host_offset) = (CorruptionKind::TableInStructure(structure), self.l1.entry_offset(index).0);
         Err(Error::Corrupt(Corruption { kind, host_offset, guest_offset, value: self.l1.get(index) }))
@@ -179,12 +199,43 @@ impl Tables {
             return Ok(());
         }
         for (index, at) in blocks.places() {
-            let cluster = self.geometry.host_cluster(at);
-            if let Some(structure) = self.known_in(cluster, Own::Block(index)) {
-                let kind = CorruptionKind::StructureCountedFree(structure);
-                return Err(self.refcounts.with(|state| state.corrupt(kind, cluster)));
-            }
+            let cluster = self.geometry.host_cluster(at).0;
+            self.refuse(self.known_in(cluster..cluster + 1, Own::Block(index)))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Inactive, Structure};
+
+    /// Against a list of all clusters: ranges that overlap, touch, hold each other and are empty.
+    #[test]
+    fn the_first_of_some_clusters_is_found() {
+        let mut next = 7u64;
+        let mut below = |n: u64| {
+            next = next.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (next >> 33) % n
+        };
+        for _ in 0..500 {
+            let (mut inactive, mut known) = (Inactive::default(), [false; 64]);
+            for _ in 0..below(9) {
+                let start = below(60);
+                let range = start..start + below(5);
+                known[range.start as usize..range.end as usize].fill(true);
+                inactive.add_range(range, Structure::Bitmaps);
+            }
+            for _ in 0..below(4) {
+                let cluster = below(64);
+                known[cluster as usize] = true;
+                inactive.add(cluster, Structure::InactiveL2Table);
+            }
+            for (start, end) in (0..64).flat_map(|start| (start..=64).map(move |end| (start, end))) {
+                let expected = (start..end).find(|&cluster| known[cluster as usize]);
+                let found = inactive.first_in(&(start..end)).map(|(cluster, _)| cluster);
+                assert_eq!(found, expected, "{start}..{end} of {known:?}");
+            }
+        }
     }
 }

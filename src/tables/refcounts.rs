@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::file::HostFile;
 use super::l1::{DirtyL1, L1Table};
 use super::l2::DirtySlices;
+use super::places::Places;
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::{Geometry, Header, HostCluster, HostOffset, refcount};
 use crate::storage::{Io, IoDst};
@@ -60,6 +61,7 @@ pub struct RefcountState {
     geometry: Geometry,
     loaded: bool,
     table: Vec<u64>,
+    places: Option<Places>, // where the blocks lie, if anybody asks
     table_offset: HostOffset,
     table_clusters: u64,
     dirty_sectors: BTreeSet<u64>,
@@ -396,7 +398,14 @@ impl RefcountState {
         let size = self.geometry.cluster_size_bytes() as usize;
         let block = Block { bytes: vec![0; size].into(), dirty: 0..size, writing: false, used: self.clock };
         self.blocks.insert(index, block);
-        self.table[index as usize] = self.geometry.host_offset(at).0;
+        self.set_entry(index, self.geometry.host_offset(at).0);
+    }
+
+    fn set_entry(&mut self, index: u64, entry: u64) {
+        let old = std::mem::replace(&mut self.table[index as usize], entry);
+        if let Some(places) = &mut self.places {
+            places.change(old, entry);
+        }
         self.dirty_sectors.insert(index / 64);
     }
 
@@ -409,8 +418,7 @@ impl RefcountState {
     /// Only where nobody can be given a cluster before.
     pub fn drop_block(&mut self, index: u64) {
         let place = self.block_place(index);
-        self.table[index as usize] = 0;
-        self.dirty_sectors.insert(index / 64);
+        self.set_entry(index, 0);
         self.blocks.remove(&index);
         let start = self.block_start(index);
         (self.hint, self.run_hint) = (self.hint.min(start), self.run_hint.min(start));
@@ -427,10 +435,16 @@ impl RefcountState {
         tables.chain(blocks.filter(|&block| block >= end.0)).min().map(HostCluster)
     }
 
-    /// Index of the first block that lies in a cluster, if the table is loaded and one does.
-    pub fn block_in(&self, cluster: HostCluster) -> Option<u64> {
-        let at = self.geometry.host_offset(cluster).0;
-        self.table.iter().position(|&entry| entry == at && at != 0).map(|index| index as u64)
+    /// From now on, [`RefcountState::block_in`] knows.
+    pub fn note_places(&mut self) {
+        self.places = Some(Places::of(self.geometry.cluster_size_bytes(), self.table.iter().copied()));
+    }
+
+    /// The first place in a range of host offsets where a block, other than block `own`, lies. Nothing is known before
+    /// [`RefcountState::note_places`], and while the table is not loaded.
+    pub fn block_in(&self, offsets: Range<u64>, own: Option<u64>) -> Option<HostOffset> {
+        let own = own.and_then(|index| self.table.get(index as usize)).copied();
+        self.places.as_ref()?.first_in(offsets, own).map(HostOffset)
     }
 
     /// Whether blocks, or the table, wait for being written.
@@ -519,6 +533,7 @@ impl Refcounts {
             geometry,
             loaded: false,
             table: Vec::new(),
+            places: None,
             table_offset: header.refcount_table_offset,
             table_clusters: u64::from(header.refcount_table_clusters),
             dirty_sectors: BTreeSet::new(),
@@ -583,6 +598,9 @@ impl Refcounts {
         self.with(|s| {
             s.table = bytes.chunks_exact(8).map(super::word).collect();
             s.loaded = true;
+            if let Some(places) = &mut s.places {
+                places.refill(s.table.iter().copied());
+            }
         });
         Ok(())
     }

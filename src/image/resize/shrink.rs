@@ -1,7 +1,7 @@
 //! Shrinking: the new size is switched to together with an L1 table that knows of nothing past it; only then is what
 //! lay there given up.
 
-use super::{Alone, StoredTable};
+use super::{Alone, StoredTable, table_beyond_eof};
 use crate::alloc::Reservation;
 use crate::alloc::bulk::keep_for_later;
 use crate::error::{Error, Result};
@@ -29,6 +29,7 @@ impl Alone<'_> {
         let old = tables.l1.entries();
         let mut entries = old.clone();
         entries.truncate(geometry.l1_entries_for(size) as usize);
+        self.check_tables(&old, entries.len())?;
         let progress = Progress::new(tell, (old.len() - entries.len()) as u64 + 1);
         progress.advance(0)?;
         let trimmed = self.trim_table(io, size).await?;
@@ -57,6 +58,19 @@ impl Alone<'_> {
             Err(e) => Err(e),
         };
         self.tolerate("the file of a disk that has shrunk stays longer than it has to be", shorter)
+    }
+
+    /// Refuses L1 entries, from `first` on, that lead nowhere: while nothing has changed, and they have a place to name.
+    fn check_tables(&self, l1: &[u64], first: usize) -> Result<()> {
+        let (tables, end) = (self.tables(), self.tables().file.size_bytes()?);
+        for (index, &entry) in l1.iter().enumerate().skip(first).filter(|(_, entry)| **entry != 0) {
+            let index = L1Index(index as u64);
+            let (at, _) = tables.decode_l1(index, entry)?;
+            if at != HostOffset(0) && at.0 + tables.geometry.cluster_size_bytes() > end {
+                return Err(table_beyond_eof(tables, index, at));
+            }
+        }
+        Ok(())
     }
 
     /// After the switch an error costs space and no more, unless something in the image is wrong.

@@ -58,6 +58,11 @@ impl Image {
 
     /// See [`Image::snapshot_create`].
     pub async fn snapshot_create_with<I: Io>(&self, io: &I, name: &str, facts: &SnapshotFacts) -> Result<Snapshot> {
+        let created = self.create_snapshot(io, name, facts).await;
+        self.noting(io, created).await
+    }
+
+    async fn create_snapshot<I: Io>(&self, io: &I, name: &str, facts: &SnapshotFacts) -> Result<Snapshot> {
         check_name(name)?;
         let alone = self.hold_for_snapshots(io).await?;
         let tables = alone.tables();
@@ -66,9 +71,7 @@ impl Image {
             return Err(Error::TooLarge { what: "the number of snapshots", limit: SNAPSHOTS_MAX.into() });
         }
         let active = Tree::active(tables);
-        if let Err(e) = active.check(io, tables, Count::Raise, &Progress::none()).await {
-            return Err(self.note_error(io, e).await);
-        }
+        active.check(io, tables, Count::Raise, &Progress::none()).await?;
         let old = table.clusters(tables.geometry);
         let l1 = self.write_table(io, &l1_bytes(&active.shared_l1())).await?;
         let new = new_snapshot(&table.snapshots, name, facts, l1.at, active.work() as u32, self.size());
@@ -109,14 +112,17 @@ impl Image {
 
     /// See [`Image::snapshot_apply`].
     pub async fn snapshot_apply_with<I: Io>(&self, io: &I, id_or_name: &str) -> Result<()> {
+        let applied = self.apply_snapshot(io, id_or_name).await;
+        self.noting(io, applied).await
+    }
+
+    async fn apply_snapshot<I: Io>(&self, io: &I, id_or_name: &str) -> Result<()> {
         let alone = self.hold_for_snapshots(io).await?;
         let tables = alone.tables();
         let table = self.load_snapshots(io).await?;
         let (size_bytes, tree) = self.tree_of(io, &table, id_or_name).await?.1;
         let old = Tree::active(tables);
-        if let Err(e) = old.check(io, tables, Count::Lower, &Progress::none()).await {
-            return Err(self.note_error(io, e).await);
-        }
+        old.check(io, tables, Count::Lower, &Progress::none()).await?;
         tree.check(io, tables, Count::Raise, &Progress::none()).await?;
         let entries = tree.shared_l1();
         let l1 = self.write_table(io, &l1_bytes(&entries)).await?;
@@ -150,6 +156,11 @@ impl Image {
         id_or_name: &str,
         tell: Option<ProgressFn<'_>>,
     ) -> Result<()> {
+        let deleted = self.delete_snapshot(io, id_or_name, tell).await;
+        self.noting(io, deleted).await
+    }
+
+    async fn delete_snapshot<I: Io>(&self, io: &I, id_or_name: &str, tell: Option<ProgressFn<'_>>) -> Result<()> {
         let alone = self.hold_for_snapshots(io).await?;
         let tables = alone.tables();
         let mut table = self.load_snapshots(io).await?;
