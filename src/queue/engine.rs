@@ -188,7 +188,10 @@ impl Core {
             if taken >= min.min(max) || engine.under_way == 0 || is_over {
                 break;
             }
-            self.sleep(deadline)?;
+            // Who would sleep, for however long it takes, computes instead: one thread less to be woken.
+            if deadline.is_some() || !self.io.help_compute() {
+                self.sleep(deadline)?;
+            }
             self.drive(&mut engine);
         }
         if !engine.done.is_empty() {
