@@ -226,3 +226,48 @@ impl Drop for Job<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::wait::block_on;
+
+    #[test]
+    fn each_part_is_computed_once_and_what_they_use_is_theirs_until_then() {
+        let pool = processors();
+        for count in [1, 2, 7, 300] {
+            let done: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+            let work = |part: usize| {
+                done[part].fetch_add(1, Ordering::Relaxed);
+            };
+            block_on(pool.start_all(count, |part| Call::Compute(&work, part))).unwrap();
+            assert!(done.iter().all(|times| times.load(Ordering::Relaxed) == 1), "{count}");
+            // One that nobody waits for has ended when it goes, however much of it others have begun.
+            let slow = |part: usize| {
+                std::thread::sleep(Duration::from_micros(300));
+                work(part);
+            };
+            drop(pool.start_all(count, |part| Call::Compute(&slow, part)));
+            assert!(done.iter().all(|times| times.load(Ordering::Relaxed) == 2), "{count}, dropped");
+        }
+        let threads = lock(&pool.shared.queued).threads.len();
+        assert!((1..=pool.threads_max).contains(&threads), "{threads} threads");
+        assert!(Arc::ptr_eq(&pool, &processors()), "they are shared");
+    }
+
+    #[test]
+    fn a_panic_is_told_when_all_parts_have_ended() {
+        let pool = processors();
+        let ended = AtomicUsize::new(0);
+        let work = |part: usize| {
+            assert!(part != 3, "of the test");
+            ended.fetch_add(1, Ordering::Relaxed);
+        };
+        assert!(block_on(pool.start_all(20, |part| Call::Compute(&work, part))).is_err());
+        assert_eq!(ended.load(Ordering::Relaxed), 19);
+        assert!(block_on(pool.start_all(1, |_| Call::Compute(&work, 0))).is_ok(), "the thread goes on");
+    }
+}

@@ -14,6 +14,7 @@ mod check_crash;
 mod compressed;
 mod crash;
 mod create_crash;
+mod decompressed;
 mod faults;
 mod interleave;
 mod interleave_operations;
