@@ -50,6 +50,7 @@ struct Progress {
     left: usize, // calls that have not ended
     outcome: io::Result<usize>,
     waker: Option<Waker>,
+    is_awaited: bool, // by a thread that sleeps
 }
 
 struct Ticket {
@@ -116,7 +117,7 @@ impl Pool {
 
     /// Starts as many calls, of which `of` makes each from its number.
     pub fn start_all<'a>(&self, count: usize, of: impl Fn(usize) -> Call<'a>) -> Job<'a> {
-        let progress = Progress { left: count, outcome: Ok(0), waker: None };
+        let progress = Progress { left: count, outcome: Ok(0), waker: None, is_awaited: false };
         let ticket = Arc::new(Ticket { progress: Mutex::new(progress), ended: Condvar::new() });
         // SAFETY: only the lifetime changes. The threads use the call until its outcome is there, and `Job`, which
         // carries the true lifetime, does not go before that; it is never leaked, because it lives in a future that a
@@ -132,12 +133,13 @@ impl Pool {
             queued.threads.push(thread);
             queued.starting += 1;
         }
-        let has_threads = !queued.threads.is_empty();
+        let (idle, has_threads) = (queued.idle, !queued.threads.is_empty());
         drop(queued);
-        match (has_threads, count) {
-            (true, 1) => self.shared.arrived.notify_one(),
-            (true, _) => self.shared.arrived.notify_all(),
-            (false, _) => while self.help() {}, // no thread can be had: the caller makes the calls
+        for _ in 0..idle.min(count) {
+            self.shared.arrived.notify_one(); // a system call each
+        }
+        if !has_threads {
+            while self.help() {} // no thread can be had: the caller makes the calls
         }
         job
     }
@@ -198,9 +200,11 @@ impl Work {
             if progress.left > 0 {
                 return;
             }
+            if progress.is_awaited {
+                self.ticket.ended.notify_all();
+            }
             progress.waker.take()
         };
-        self.ticket.ended.notify_all();
         waker.into_iter().for_each(Waker::wake);
     }
 }
@@ -221,6 +225,7 @@ impl Future for Job<'_> {
 impl Drop for Job<'_> {
     fn drop(&mut self) {
         let mut progress = lock(&self.ticket.progress);
+        progress.is_awaited = true;
         while progress.left > 0 {
             progress = self.ticket.ended.wait(progress).unwrap_or_else(PoisonError::into_inner);
         }
