@@ -76,6 +76,13 @@ bench-peers:
 	@$(CARGO) build -q --release --locked -j $(JOBS) --manifest-path benches/peers/Cargo.toml --target-dir build/bench/peers-target && \
 	    cp build/bench/peers-target/release/peers build/bench/peers || { rm -f build/bench/peers; echo "bench: no peers" >&2; }
 
+# The codecs alone are a crate of their own, which knows nothing of the library.
+build/bench/compressed: benches/compressed.c benches/codec/src/lib.rs benches/codec/Cargo.toml include/qcow2.h $(SO)
+	@mkdir -p build/bench
+	$(CARGO) build -q --release --locked -j $(JOBS) --manifest-path benches/codec/Cargo.toml --target-dir $(CARGO_TARGET)/codec-alone
+	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -Iinclude $< -o $@ $(CARGO_TARGET)/codec-alone/release/libcodec_alone.a \
+	    -Lbuild -lqcow2 -lpthread -ldl -lm -lgcc_s -Wl,-rpath,'$$ORIGIN/..'
+
 build/bench/%: benches/%.c benches/ring.h include/qcow2.h $(SO)
 	@mkdir -p build/bench
 	$(CC) -std=c11 -Wall -Wextra -Werror $(CFLAGS) -Iinclude $< -o $@ -Lbuild -lqcow2 -lpthread -Wl,-rpath,'$$ORIGIN/..'

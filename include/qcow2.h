@@ -294,8 +294,12 @@ int64_t qcow2_size(const qcow2_image *image);
  * flag, it is compressed like any other).
  *
  * What the range held before does not matter: data, compressed clusters, clusters shared with a snapshot; it is
- * released. A later write to a part of a compressed cluster stores all of it uncompressed again. Compression is done in
- * the calling thread, at about a hundredth of the speed of a plain write: the flag is for disks that are written once.
+ * released. A later write to a part of a compressed cluster stores all of it uncompressed again. A processor compresses
+ * at about a hundredth of the speed of a plain write: the flag is for disks that are written once.
+ *
+ * Threads: where a blocking call has several clusters to compress, or to decompress, it is helped by threads of its own,
+ * which have ended when it returns: no more in all calls of the process than there are processors, and none where one
+ * thread is about as fast. For queues, see there.
  */
 #define QCOW2_COMPRESSED (1 << 3)
 
@@ -1480,8 +1484,10 @@ int qcow2_check_image(qcow2_image *image,
  *
  * Many requests of one thread under way at once: what an event loop of a hypervisor or a server wants. A request is
  * prepared, submitted together with others, and reaped once it has ended. Nothing happens behind the caller's back: no
- * callback is called, and no thread works for a queue that runs on io_uring. Requests go on while their owner is in
- * qcow2_queue_submit() or qcow2_queue_reap(), or any thread waits in a blocking call on the same image.
+ * callback is called, and no thread works for a queue that runs on io_uring but those that compress and decompress: all
+ * queues of the process share these, one for each processor, from the first such work until the last queue is freed. An
+ * owner who waits in qcow2_queue_reap() without a time limit takes a share of that work. Requests go on while their
+ * owner is in qcow2_queue_submit() or qcow2_queue_reap(), or any thread waits in a blocking call on the same image.
  *
  * Requests of a queue have no order among each other: who wants one after the other reaps the first before submitting
  * the second. Two requests under way that overlap, and of which one writes, give each byte one of the two values.

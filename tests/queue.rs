@@ -477,3 +477,98 @@ fn errors_of_the_storage_end_the_requests_that_they_hit() {
         }
     }
 }
+
+/// Text, another one in each cluster.
+fn text(cluster: u64, version: u64) -> Vec<u8> {
+    (0..65536u64)
+        .map(|i| b"of a compressed cluster "[i as usize % 24] ^ ((i / 700 + cluster + version) % 15) as u8)
+        .collect()
+}
+
+/// Compressed writes and reads of all sizes, many at once, in several queues and blocking calls; owners that wait in
+/// `reap`, with a time limit and without, and owners that poll the descriptor.
+#[test]
+fn compressed_clusters_go_through_queues() {
+    each("compressed", |place, backend| {
+        let image = place.image(64 << 20, &CreateOptions::default());
+        std::thread::scope(|scope| {
+            for owner in 0..3u64 {
+                let image = image.clone();
+                scope.spawn(move || compress_and_read(&image, backend, owner));
+            }
+            for n in 0..60 {
+                let at = (700 + n) * 65536;
+                let flags = WriteFlags { compressed: true, ..WriteFlags::default() };
+                image.write(&[IoSrc::from(&text(n, 9)[..])], GuestOffset(at), flags).unwrap();
+                let mut seen = [0; 5000];
+                image.pread(&mut seen, at + 60_000).unwrap();
+                assert!(seen[..5000] == text(n, 9)[60_000..65_000]);
+            }
+        });
+        image.close().unwrap();
+        place.check();
+    });
+
+    fn compress_and_read(image: &Arc<Image>, backend: Backend, owner: u64) {
+        const CLUSTERS: u64 = 200;
+        let mut queue = Queue::new(image.clone(), 16, backend).unwrap();
+        let start = owner * CLUSTERS;
+        let fd = queue.fd().unwrap();
+        let reap = |queue: &mut Queue, count: usize| {
+            let mut ended = 0;
+            queue.submit();
+            while ended < count {
+                let (min, timeout) = match owner {
+                    0 => (1, None),
+                    1 => (1, Some(Duration::from_millis(3))),
+                    _ => (0, None),
+                };
+                assert!(owner < 2 || readable(fd, 20_000), "nobody was told");
+                ended += queue.reap(8, min, timeout, |c| c.result.unwrap()).unwrap();
+            }
+        };
+        let flags = WriteFlags { compressed: true, ..WriteFlags::default() };
+        let mut written: Vec<Buffer> = Vec::new();
+        for at in (0..CLUSTERS).step_by(5) {
+            let data: Vec<u8> = (at..at + 5).flat_map(|n| text(start + n, 1)).collect();
+            written.push(Buffer(data.into()));
+        }
+        for (n, buffers) in written.chunks(8).enumerate() {
+            for (i, buffer) in buffers.iter().enumerate() {
+                let at = GuestOffset((start + (n * 8 + i) as u64 * 5) * 65536);
+                push(&mut queue, Request::Write(vec![buffer.src(0, 5 * 65536)], at, flags), 0);
+            }
+            reap(&mut queue, buffers.len());
+        }
+        let mut rng = Rng::new(owner + 1);
+        let expected: Vec<u8> = (0..CLUSTERS).flat_map(|n| text(start + n, 1)).collect();
+        let mut buffers: Vec<Buffer> = (0..16).map(|_| Buffer::new(1 << 20)).collect();
+        for round in 0..12 {
+            let mut ranges = Vec::new();
+            for buffer in &mut buffers {
+                let length = [4096, 5000, 65536, 1 << 20][rng.below(4) as usize];
+                let at = rng.below(CLUSTERS * 65536 - length) & !(if rng.below(2) == 0 { 65535 } else { 0 });
+                let half = length as usize / [1, 2, 7][rng.below(3) as usize];
+                let pieces = vec![buffer.dst(0, half), buffer.dst(half, length as usize - half)];
+                push(&mut queue, Request::Read(pieces, GuestOffset(start * 65536 + at)), 0);
+                ranges.push(at as usize..(at + length) as usize);
+            }
+            reap(&mut queue, 16);
+            for (buffer, range) in buffers.iter().zip(ranges) {
+                assert!(buffer.0[..range.len()] == expected[range.clone()], "owner {owner}, round {round}: {range:?}");
+            }
+        }
+        // A queue that goes while much is being computed waits for it.
+        for (slot, buffer) in buffers.iter_mut().enumerate() {
+            push(
+                &mut queue,
+                Request::Read(vec![buffer.dst(0, 1 << 20)], GuestOffset((start + slot as u64) * 65536)),
+                0,
+            );
+        }
+        queue.submit();
+        drop(queue);
+        let read = expected[..1 << 20] == *buffers[0].0;
+        assert!(read, "owner {owner}: the queue has gone before its requests");
+    }
+}

@@ -17,7 +17,7 @@ const LAYERS: [(&str, &[&str]); 13] = [
     ("alloc", &["tables", "storage", "format", "error", "wait"]),
     ("bitmap", &["tables", "storage", "format", "error", "wait"]),
     ("check", &["tables", "storage", "format", "error"]),
-    ("codec", &["format", "error"]),
+    ("codec", &["storage", "format", "error"]),
     ("tables", &["plan", "storage", "format", "error", "wait"]),
     ("plan", &["format"]),
     ("storage", &[]),

@@ -62,6 +62,7 @@ fn run(input: &mut Bytes<'_>) {
     // What a caller asks for is his to have; what counts here is what is held beside that.
     open.l2_cache_size = open.l2_cache_size.min(CACHE_MAX);
     open.refcount_cache_size = open.refcount_cache_size.min(CACHE_MAX);
+    open.compressed_cache_size = open.compressed_cache_size.min(CACHE_MAX);
     let opened = Image::open_storage(disk.clone(), &open);
     match opened {
         Ok(image) => {

@@ -37,8 +37,12 @@ pub const QCOW2_NO_FALLBACK: u32 = 1 << 2;
 /// flag, it is compressed like any other).
 ///
 /// What the range held before does not matter: data, compressed clusters, clusters shared with a snapshot; it is
-/// released. A later write to a part of a compressed cluster stores all of it uncompressed again. Compression is done in
-/// the calling thread, at about a hundredth of the speed of a plain write: the flag is for disks that are written once.
+/// released. A later write to a part of a compressed cluster stores all of it uncompressed again. A processor compresses
+/// at about a hundredth of the speed of a plain write: the flag is for disks that are written once.
+///
+/// Threads: where a blocking call has several clusters to compress, or to decompress, it is helped by threads of its own,
+/// which have ended when it returns: no more in all calls of the process than there are processors, and none where one
+/// thread is about as fast. For queues, see there.
 pub const QCOW2_COMPRESSED: u32 = 1 << 3;
 
 // A vector of the caller is used as it is, as pieces: no copy, no allocation.

@@ -2,8 +2,10 @@
 //!
 //! Many requests of one thread under way at once: what an event loop of a hypervisor or a server wants. A request is
 //! prepared, submitted together with others, and reaped once it has ended. Nothing happens behind the caller's back: no
-//! callback is called, and no thread works for a queue that runs on io_uring. Requests go on while their owner is in
-//! qcow2_queue_submit() or qcow2_queue_reap(), or any thread waits in a blocking call on the same image.
+//! callback is called, and no thread works for a queue that runs on io_uring but those that compress and decompress: all
+//! queues of the process share these, one for each processor, from the first such work until the last queue is freed. An
+//! owner who waits in qcow2_queue_reap() without a time limit takes a share of that work. Requests go on while their
+//! owner is in qcow2_queue_submit() or qcow2_queue_reap(), or any thread waits in a blocking call on the same image.
 //!
 //! Requests of a queue have no order among each other: who wants one after the other reaps the first before submitting
 //! the second. Two requests under way that overlap, and of which one writes, give each byte one of the two values.

@@ -2,80 +2,153 @@
 
 use crate::error::{Error, Result};
 use crate::format::Compression;
+use crate::storage::IoDst;
 
 /// Why stored bytes could not be turned back into a cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BadData;
 
-/// Decompresses one cluster. `stored` may be followed by bytes of other clusters: decompression stops when `cluster`
-/// is full (spec, "Compressed Clusters Descriptor"), and it must become exactly full.
-pub fn decompress(method: Compression, stored: &[u8], cluster: &mut [u8]) -> Result<std::result::Result<(), BadData>> {
-    match method {
-        Compression::Zlib => Ok(inflate(stored, cluster)),
-        Compression::Zstd => unzstd(stored, cluster),
-    }
+/// What decompressing and compressing needs beside the bytes: states that cost more to build than a small cluster
+/// costs to decompress. Each is built when it is first needed, and starts every cluster from the beginning, whatever
+/// became of the one before. At most about 2 MiB.
+#[derive(Default)]
+pub struct Codec {
+    inflate: Option<zlib_rs::Inflate>,
+    deflate: Option<zlib_rs::Deflate>,
+    #[cfg(feature = "zstd")]
+    unzstd: Option<zstd_safe::DCtx<'static>>,
+    #[cfg(feature = "zstd")]
+    zstd: Option<zstd_safe::CCtx<'static>>,
 }
 
-/// Raw deflate without a zlib header. Any window is accepted; QEMU writes 12 bits.
-fn inflate(stored: &[u8], cluster: &mut [u8]) -> std::result::Result<(), BadData> {
-    let mut stream = zlib_rs::Inflate::new(false, 15);
-    let status = stream.decompress(stored, cluster, zlib_rs::InflateFlush::Finish);
-    if status.is_err() || stream.total_out() != cluster.len() as u64 { Err(BadData) } else { Ok(()) }
-}
-
-/// One or more frames, each decoded in one go, so that no window the frame asks for has to be allocated.
-#[cfg(feature = "zstd")]
-fn unzstd(mut stored: &[u8], cluster: &mut [u8]) -> Result<std::result::Result<(), BadData>> {
-    let mut done = 0;
-    while done < cluster.len() {
-        let Ok(frame) = zstd_safe::find_frame_compressed_size(stored) else { return Ok(Err(BadData)) };
-        let Some((frame, rest)) = stored.split_at_checked(frame) else { return Ok(Err(BadData)) };
-        match zstd_safe::decompress(&mut cluster[done..], frame) {
-            Ok(n) if n > 0 || !rest.is_empty() => done += n,
-            _ => return Ok(Err(BadData)),
+impl Codec {
+    /// Decompresses one cluster. `stored` may be followed by bytes of other clusters: decompression stops when `cluster`
+    /// is full (spec, "Compressed Clusters Descriptor"), and it must become exactly full.
+    pub fn decompress(
+        &mut self,
+        method: Compression,
+        stored: &[u8],
+        cluster: &mut [u8],
+    ) -> Result<std::result::Result<(), BadData>> {
+        match method {
+            Compression::Zlib => Ok(self.inflate(stored, cluster)),
+            Compression::Zstd => self.unzstd(stored, IoDst::from(cluster)),
         }
-        stored = rest;
     }
-    Ok(Ok(()))
-}
 
-#[cfg(not(feature = "zstd"))]
-fn unzstd(_: &[u8], _: &mut [u8]) -> Result<std::result::Result<(), BadData>> {
-    Err(Error::Unsupported { feature: "zstd compression (this build of the library is without it)".into() })
-}
-
-/// Compresses one cluster; `None` if that does not make it smaller. A pure function over bytes, which takes no more
-/// memory than the cluster and what the method needs in any case.
-pub fn compress(method: Compression, cluster: &[u8]) -> Result<Option<Vec<u8>>> {
-    let mut stored = vec![0; cluster.len() - 1];
-    let length = match method {
-        Compression::Zlib => deflate(cluster, &mut stored),
-        Compression::Zstd => zstd(cluster, &mut stored)?,
-    };
-    Ok(length.map(|length| {
-        stored.truncate(length);
-        stored
-    }))
-}
-
-/// Raw deflate with a window of 12 bits: QEMU's inflate refuses any that is larger.
-fn deflate(cluster: &[u8], stored: &mut [u8]) -> Option<usize> {
-    let config = zlib_rs::DeflateConfig { level: 6, window_bits: -12, mem_level: 9, ..Default::default() };
-    let mut stream = zlib_rs::Deflate::new_with_config(config);
-    match stream.compress(cluster, stored, zlib_rs::DeflateFlush::Finish) {
-        Ok(zlib_rs::Status::StreamEnd) => Some(stream.total_out() as usize),
-        _ => None, // no room for the rest
+    /// As [`Codec::decompress`], to memory of the caller, which may change meanwhile. `None`: not with this method, whose
+    /// decoder takes a reference.
+    pub fn decompress_to(
+        &mut self,
+        method: Compression,
+        stored: &[u8],
+        cluster: IoDst<'_>,
+    ) -> Option<Result<std::result::Result<(), BadData>>> {
+        (method == Compression::Zstd).then(|| self.unzstd(stored, cluster))
     }
+
+    /// Compresses one cluster into the start of `stored`, which is one byte shorter; returns how many bytes it became,
+    /// or `None` if that is no less than it was.
+    pub fn compress(&mut self, method: Compression, cluster: &[u8], stored: &mut [u8]) -> Result<Option<usize>> {
+        debug_assert!(stored.len() < cluster.len());
+        match method {
+            Compression::Zlib => Ok(self.deflate(cluster, stored)),
+            Compression::Zstd => self.zstd(cluster, stored),
+        }
+    }
+
+    /// Raw deflate without a zlib header. Any window is accepted; QEMU writes 12 bits.
+    fn inflate(&mut self, stored: &[u8], cluster: &mut [u8]) -> std::result::Result<(), BadData> {
+        let stream = self.inflate.get_or_insert_with(|| zlib_rs::Inflate::new(false, 15));
+        stream.reset(false);
+        let status = stream.decompress(stored, cluster, zlib_rs::InflateFlush::Finish);
+        if status.is_err() || stream.total_out() != cluster.len() as u64 { Err(BadData) } else { Ok(()) }
+    }
+
+    /// Raw deflate with a window of 12 bits: QEMU's inflate refuses any that is larger.
+    fn deflate(&mut self, cluster: &[u8], stored: &mut [u8]) -> Option<usize> {
+        let config = zlib_rs::DeflateConfig { level: 6, window_bits: -12, mem_level: 9, ..Default::default() };
+        let stream = self.deflate.get_or_insert_with(|| zlib_rs::Deflate::new_with_config(config));
+        stream.reset();
+        match stream.compress(cluster, stored, zlib_rs::DeflateFlush::Finish) {
+            Ok(zlib_rs::Status::StreamEnd) => Some(stream.total_out() as usize),
+            _ => None, // no room for the rest
+        }
+    }
+}
+
+/// Memory that zstd decodes to. Its decoder is C, and what it finds in memory that it has filled becomes output, never an
+/// offset or a length: what somebody else writes there meanwhile spoils the bytes, and nothing else.
+#[cfg(feature = "zstd")]
+struct Room<'a>(IoDst<'a>);
+
+// SAFETY: the piece's maker promised that so many bytes are valid for writing. Nothing is said to be initialized.
+#[cfg(feature = "zstd")]
+unsafe impl zstd_safe::WriteBuf for Room<'_> {
+    fn as_slice(&self) -> &[u8] {
+        &[]
+    }
+
+    fn capacity(&self) -> usize {
+        self.0.len()
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.0.base()
+    }
+
+    unsafe fn filled_until(&mut self, _: usize) {}
 }
 
 #[cfg(feature = "zstd")]
-fn zstd(cluster: &[u8], stored: &mut [u8]) -> Result<Option<usize>> {
-    Ok(zstd_safe::compress(stored, cluster, zstd_safe::CLEVEL_DEFAULT).ok())
+impl Codec {
+    /// One or more frames, each decoded in one go, so that no window the frame asks for has to be allocated.
+    fn unzstd(&mut self, mut stored: &[u8], cluster: IoDst<'_>) -> Result<std::result::Result<(), BadData>> {
+        let context = self.unzstd.get_or_insert_with(zstd_safe::DCtx::create);
+        let mut done = 0;
+        while done < cluster.len() {
+            let Ok(frame) = zstd_safe::find_frame_compressed_size(stored) else { return Ok(Err(BadData)) };
+            let Some((frame, rest)) = stored.split_at_checked(frame) else { return Ok(Err(BadData)) };
+            match context.decompress(&mut Room(cluster.slice(done, cluster.len() - done)), frame) {
+                Ok(n) if n > 0 || !rest.is_empty() => done += n,
+                _ => return Ok(Err(BadData)),
+            }
+            stored = rest;
+        }
+        Ok(Ok(()))
+    }
+
+    fn zstd(&mut self, cluster: &[u8], stored: &mut [u8]) -> Result<Option<usize>> {
+        let context = self.zstd.get_or_insert_with(zstd_safe::CCtx::create);
+        Ok(context.compress(stored, cluster, zstd_safe::CLEVEL_DEFAULT).ok())
+    }
 }
 
 #[cfg(not(feature = "zstd"))]
-fn zstd(_: &[u8], _: &mut [u8]) -> Result<Option<usize>> {
-    check_supported(Compression::Zstd).map(|()| None)
+impl Codec {
+    fn unzstd(&mut self, _: &[u8], _: IoDst<'_>) -> Result<std::result::Result<(), BadData>> {
+        check_supported(Compression::Zstd).map(|()| Err(BadData))
+    }
+
+    fn zstd(&mut self, _: &[u8], _: &mut [u8]) -> Result<Option<usize>> {
+        check_supported(Compression::Zstd).map(|()| None)
+    }
+}
+
+/// About how long it takes to decompress so many bytes.
+pub fn decompress_micros(method: Compression, bytes: u64) -> u64 {
+    match method {
+        Compression::Zlib => bytes / 400,
+        Compression::Zstd => bytes / 1000,
+    }
+}
+
+/// About how long it takes to compress so many bytes.
+pub fn compress_micros(method: Compression, bytes: u64) -> u64 {
+    match method {
+        Compression::Zlib => bytes / 100,
+        Compression::Zstd => bytes / 250,
+    }
 }
 
 /// Whether clusters compressed with `method` can be read and written by this build.
@@ -94,6 +167,44 @@ pub fn check_supported(method: Compression) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn decompress(method: Compression, stored: &[u8], cluster: &mut [u8]) -> Result<std::result::Result<(), BadData>> {
+        Codec::default().decompress(method, stored, cluster)
+    }
+
+    fn compress(method: Compression, cluster: &[u8]) -> Result<Option<Vec<u8>>> {
+        let mut stored = vec![0; cluster.len() - 1];
+        let length = Codec::default().compress(method, cluster, &mut stored)?;
+        Ok(length.map(|length| stored[..length].to_vec()))
+    }
+
+    /// One that has done all kinds of things, and failed at some, does the same as a new one.
+    #[test]
+    fn nothing_is_left_of_the_cluster_before() {
+        let mut codec = Codec::default();
+        for method in [Compression::Zlib, Compression::Zstd].into_iter().filter(|&method| is_supported(method)) {
+            for round in 0..60usize {
+                let size = 512 << (round % 8);
+                let mut cluster = noise(size + round)[round..].to_vec();
+                cluster[..size - size / (1 + round % 7)].fill(round as u8);
+                let mut room = vec![0xaa; size - 1];
+                let length = codec.compress(method, &cluster, &mut room).unwrap();
+                assert_eq!(length.map(|length| room[..length].to_vec()), compress(method, &cluster).unwrap());
+                let Some(length) = length else { continue };
+                let mut found = vec![0xaa; size];
+                match round % 4 {
+                    0 => assert_eq!(codec.decompress(method, &room[..length / 2], &mut found), Ok(Err(BadData))),
+                    1 => {
+                        assert_eq!(codec.decompress(method, &room[..length], &mut vec![0; 2 * size]), Ok(Err(BadData)))
+                    }
+                    2 => drop(codec.decompress(method, &room[..length], &mut found[..size / 2])),
+                    _ => drop(codec.decompress(method, &cluster, &mut found)),
+                }
+                assert_eq!(codec.decompress(method, &room[..length], &mut found), Ok(Ok(())));
+                assert!(found == cluster, "{method:?}, round {round}");
+            }
+        }
+    }
 
     /// "stored" deflate block of 5 bytes: 01 05 00 fa ff "hello".
     const HELLO: &[u8] = &[1, 5, 0, 0xfa, 0xff, b'h', b'e', b'l', b'l', b'o', 0xaa, 0xbb];

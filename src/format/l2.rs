@@ -67,7 +67,7 @@ impl Host {
 }
 
 /// The sectors that a compressed cluster may occupy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct CompressedExtent {
     /// First byte; any alignment.
     pub offset: HostOffset,

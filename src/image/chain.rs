@@ -5,12 +5,12 @@
 
 use std::sync::Arc;
 
-use crate::codec;
-use crate::error::{Corruption, CorruptionKind, Error, Result};
-use crate::format::l2::CompressedExtent;
+use super::cluster_cache::ClusterCache;
+use super::scratch::Scratches;
+use crate::error::{Error, Result};
 use crate::format::{Compression, GuestOffset, HostOffset};
 use crate::plan::read::{Run, Source};
-use crate::storage::pieces::{Piece, PieceCursor, scatter, zero_from};
+use crate::storage::pieces::{Piece, PieceCursor, zero_from};
 use crate::storage::{Io, IoDst};
 use crate::tables::file::HostFile;
 use crate::tables::{Found, Tables};
@@ -93,9 +93,18 @@ pub struct Extent {
 pub struct Chain {
     /// At least one.
     pub layers: Vec<Layer>,
+    /// Clusters of all of them that have been decompressed.
+    pub(super) clusters: ClusterCache,
+    /// What compressing and decompressing needs.
+    pub(super) scratches: Scratches,
 }
 
 impl Chain {
+    /// These files, nothing of which is cached yet; `cluster_bytes` is how much of them may be kept decompressed.
+    pub fn new(layers: Vec<Layer>, cluster_bytes: u64) -> Self {
+        Self { layers, clusters: ClusterCache::new(cluster_bytes), scratches: Scratches::default() }
+    }
+
     /// The extent at `offset`, at most `max` long.
     #[inline]
     pub async fn resolve<I: Io>(&self, io: &I, offset: GuestOffset, max: u64) -> Result<Extent> {
@@ -125,7 +134,7 @@ impl Chain {
     }
 
     /// Errors of backing files say which file they are about.
-    fn at(&self, depth: usize, error: Error) -> Error {
+    pub(super) fn at(&self, depth: usize, error: Error) -> Error {
         match depth {
             0 => error,
             _ => Error::Backing { name: self.layers[depth].name.clone(), source: Box::new(error) },
@@ -167,7 +176,7 @@ impl Chain {
         self.read_extents(io, pieces, offset, extent).await
     }
 
-    /// A read that spans several extents: one transfer for each.
+    /// A read that spans several extents: one transfer for each, or for a run of compressed ones.
     async fn read_extents<I: Io>(
         &self,
         io: &I,
@@ -179,13 +188,21 @@ impl Chain {
         let mut cursor = PieceCursor::new(pieces);
         let (mut at, mut extent) = (offset, first);
         loop {
-            let part = cursor.take(extent.length_bytes);
-            self.fill(io, part.as_slice(), at, extent).await?;
-            at = at.plus(extent.length_bytes);
-            if at.0 == end {
-                return Ok(());
-            }
-            extent = self.resolve(io, at, end - at.0).await?;
+            let run = self.read_compressed_run(io, &mut cursor, (at, end), extent).await?;
+            let (next_at, known) = match run {
+                Some(read) => read,
+                None => {
+                    let part = cursor.take(extent.length_bytes);
+                    self.fill(io, part.as_slice(), at, extent).await?;
+                    (at.plus(extent.length_bytes), None)
+                }
+            };
+            at = next_at;
+            extent = match known {
+                _ if at.0 == end => return Ok(()),
+                Some(extent) => extent,
+                None => self.resolve(io, at, end - at.0).await?,
+            };
         }
     }
 
@@ -210,39 +227,5 @@ impl Chain {
                 result.map_err(|e| self.at(extent.depth, e))
             }
         }
-    }
-
-    async fn fill_compressed<I: Io>(
-        &self,
-        io: &I,
-        pieces: &[IoDst<'_>],
-        offset: GuestOffset,
-        depth: usize,
-        stored: CompressedExtent,
-    ) -> Result<()> {
-        let Content::Qcow2 { tables, compression } = &self.layers[depth].content else {
-            unreachable!("only qcow2 images have compressed clusters")
-        };
-        let geometry = tables.geometry;
-        let corrupt = |kind| {
-            Error::Corrupt(Corruption {
-                kind,
-                host_offset: stored.offset.0,
-                guest_offset: Some(offset.0 - geometry.in_cluster(offset)),
-                value: stored.length_bytes,
-            })
-        };
-        let mut bytes = vec![0u8; stored.length_bytes as usize];
-        // The last sector may reach past the end of the file; what counts is that a cluster comes out.
-        let got = tables.file.read(io, &[IoDst::from(&mut bytes[..])], stored.offset).await?;
-        if got == 0 {
-            return Err(corrupt(CorruptionKind::CompressedBeyondEof));
-        }
-        let mut cluster = vec![0u8; geometry.cluster_size_bytes() as usize];
-        codec::decompress(*compression, &bytes[..got], &mut cluster)?
-            .map_err(|codec::BadData| corrupt(CorruptionKind::CompressedData))?;
-        let start = geometry.in_cluster(offset) as usize;
-        scatter(&cluster[start..], pieces);
-        Ok(())
     }
 }

@@ -4,10 +4,11 @@
 //! and what its entry referred to before is released, whatever it was. A transfer that is still on its way to a host
 //! cluster of our own which is replaced here overlaps with this request, so that either order is right, as for a discard.
 
-use std::ops::Range;
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::Image;
+use super::decompress::for_each_cluster;
 use super::link::{Change, look_up};
 use super::zero::change;
 use crate::alloc::Reservation;
@@ -15,62 +16,48 @@ use crate::codec;
 use crate::error::{Error, Result};
 use crate::format::header::INCOMPATIBLE_DATA_FILE;
 use crate::format::l2::CompressedExtent;
-use crate::format::{ClusterState, Compression, GuestOffset};
+use crate::format::{ClusterState, GuestOffset};
 use crate::plan::write::plan_compressed;
 use crate::plan::zero::{Outcome, plan_zero};
 use crate::storage::pieces::{PieceCursor, PieceList, gather};
 use crate::storage::{Io, IoSrc};
 
-/// Guest bytes that are compressed before they are written, so that neighbours become one write. At least one cluster.
+/// Guest bytes that are compressed before they are written, so that neighbours become one write; or two clusters, if
+/// these are larger.
 const BATCH_BYTES: u64 = 1 << 20;
 
-/// What becomes of the contents of one guest cluster.
-enum Content {
-    /// They are zeroes.
-    Zero,
-    /// These bytes of [`Batch::stored`].
-    Stored(Range<usize>),
+/// One guest cluster, or the start of the last one of a disk that ends within.
+struct Part<'m> {
+    pieces: PieceList<IoSrc<'m>>,
+    length: u64,
 }
 
-/// Neighbouring guest clusters of one L2 slice, compressed.
-struct Batch<'m> {
+/// What is stored of a cluster.
+enum Packed {
+    /// Nothing: it is zeroes.
+    Zero,
+    /// These bytes.
+    Stored(Box<[u8]>),
+    /// All of it: compressing does not make it smaller.
+    Plain,
+}
+
+/// Neighbouring guest clusters of one L2 slice, none of them plain.
+struct Batch<'b, 'm> {
     start: GuestOffset,
     length: u64,
-    contents: Vec<Content>,
-    stored: Vec<u8>,
-    pieces: PieceList<IoSrc<'m>>, // the caller's
+    parts: &'b [Part<'m>],
+    packed: &'b [Packed],
 }
 
-impl<'m> Batch<'m> {
-    fn at(start: GuestOffset) -> Self {
-        Self { start, length: 0, contents: Vec::new(), stored: Vec::new(), pieces: PieceList::default() }
-    }
-
-    fn push(&mut self, pieces: &[IoSrc<'m>], length: u64, packed: Packed) {
-        self.contents.push(match packed {
-            Packed::Zero => Content::Zero,
-            Packed::Stored(bytes) => {
-                let start = self.stored.len();
-                self.stored.extend_from_slice(&bytes);
-                Content::Stored(start..self.stored.len())
-            }
-        });
-        pieces.iter().for_each(|&piece| self.pieces.push(piece));
-        self.length += length;
-    }
-
-    fn stored_lengths(&self) -> impl Iterator<Item = u64> {
-        self.contents.iter().filter_map(|content| match content {
-            Content::Zero => None,
-            Content::Stored(range) => Some(range.len() as u64),
+impl Batch<'_, '_> {
+    /// What is to be stored, in order.
+    fn stored(&self) -> impl Iterator<Item = &[u8]> {
+        self.packed.iter().filter_map(|packed| match packed {
+            Packed::Stored(bytes) => Some(&bytes[..]),
+            _ => None,
         })
     }
-}
-
-/// One cluster, packed.
-enum Packed {
-    Zero,
-    Stored(Vec<u8>),
 }
 
 /// The compressed bytes of a batch are on their way to disk, in these extents. Only [`Image::write_extents`] makes one,
@@ -109,44 +96,76 @@ impl Image {
         length: u64,
     ) -> Result<()> {
         let geometry = self.active().geometry;
-        let method = self.header().compression;
-        let mut cluster = vec![0; geometry.cluster_size_bytes() as usize];
+        let size = geometry.cluster_size_bytes();
         let mut cursor = PieceCursor::new(pieces);
         let (mut at, end) = (offset, offset.0 + length);
-        let mut batch = Batch::at(at);
         while at.0 < end {
-            let n = geometry.cluster_size_bytes().min(end - at.0);
-            let part = cursor.take(n);
-            gather(part.as_slice(), &mut cluster);
-            cluster[n as usize..].fill(0); // past the end of the image
-            let packed = pack(method, &cluster, geometry.version >= 3)?;
-            let next = at.plus(n);
-            let is_plain = packed.is_none();
-            if let Some(packed) = packed {
-                batch.push(part.as_slice(), n, packed);
-            }
-            let ends_slice = geometry.slice_index(next) != geometry.slice_index(at);
-            if is_plain || ends_slice || batch.length >= BATCH_BYTES || next.0 == end {
-                self.write_batch(io, &batch).await?;
-                batch = Batch::at(next);
-            }
-            if is_plain {
-                self.write_range(io, part.as_slice(), at, n).await?;
-            }
-            at = next;
+            let slice_end = (geometry.slice_index(at).0 + 1) * geometry.slice_covers_bytes();
+            let batch_end = end.min(slice_end).min(at.0 + BATCH_BYTES.max(2 * size));
+            let lengths = (at.0..batch_end).step_by(size as usize).map(|at| size.min(batch_end - at));
+            let parts: Vec<Part<'_>> = lengths.map(|length| Part { pieces: cursor.take(length), length }).collect();
+            let packed = self.pack(io, &parts).await?;
+            self.write_packed(io, at, &parts, &packed).await?;
+            at = GuestOffset(batch_end);
         }
         Ok(())
     }
 
-    async fn write_batch<I: Io>(&self, io: &I, batch: &Batch<'_>) -> Result<()> {
+    /// Compresses clusters, on as many processors as there are.
+    async fn pack<I: Io>(&self, io: &I, parts: &[Part<'_>]) -> Result<Vec<Packed>> {
+        let geometry = self.active().geometry;
+        let size = geometry.cluster_size_bytes() as usize;
+        let (method, has_zero_flag) = (self.header().compression, geometry.version >= 3);
+        let outcomes: Vec<OnceLock<Result<Packed>>> = parts.iter().map(|_| OnceLock::new()).collect();
+        let work = |index: usize| {
+            let part = &parts[index];
+            let packed = self.chain.scratches.with(size, |scratch| {
+                let (codec, cluster, room) = scratch.split(size);
+                gather(part.pieces.as_slice(), cluster);
+                cluster[part.length as usize..].fill(0); // past the end of the image
+                if has_zero_flag && IoSrc::from(&*cluster).is_zero() {
+                    return Ok(Packed::Zero);
+                }
+                let length = codec.compress(method, cluster, room)?;
+                Ok(length.map_or(Packed::Plain, |length| Packed::Stored(Box::from(&room[..length]))))
+            });
+            let _ = outcomes[index].set(packed); // nobody else sets it
+        };
+        for_each_cluster(io, parts.len(), codec::compress_micros(method, size as u64), &work).await;
+        let packed = |outcome: OnceLock<_>| outcome.into_inner().unwrap_or_else(|| unreachable!("each part is done"));
+        outcomes.into_iter().map(packed).collect()
+    }
+
+    /// Writes clusters: what became smaller batch by batch, the rest as it is.
+    async fn write_packed<I: Io>(&self, io: &I, at: GuestOffset, parts: &[Part<'_>], packed: &[Packed]) -> Result<()> {
+        let is_plain = |packed: &Packed| matches!(packed, Packed::Plain);
+        let (mut at, mut from) = (at, 0);
+        while from < parts.len() {
+            let to = from + packed[from..].iter().position(is_plain).unwrap_or(parts.len() - from);
+            let length = parts[from..to].iter().map(|part| part.length).sum();
+            let batch = Batch { start: at, length, parts: &parts[from..to], packed: &packed[from..to] };
+            self.write_batch(io, &batch).await?;
+            at = at.plus(length);
+            if let Some(plain) = parts.get(to) {
+                self.write_range(io, plain.pieces.as_slice(), at, plain.length).await?;
+                at = at.plus(plain.length);
+            }
+            from = to + 1;
+        }
+        Ok(())
+    }
+
+    async fn write_batch<I: Io>(&self, io: &I, batch: &Batch<'_, '_>) -> Result<()> {
         if batch.length == 0 || self.pack_batch(io, batch).await? {
             return Ok(());
         }
-        self.write_range(io, batch.pieces.as_slice(), batch.start, batch.length).await.map(drop)
+        let mut pieces = PieceList::default();
+        batch.parts.iter().flat_map(|part| part.pieces.as_slice()).for_each(|&piece| pieces.push(piece));
+        self.write_range(io, pieces.as_slice(), batch.start, batch.length).await.map(drop)
     }
 
     /// Packs a batch into host clusters. `false`: it has to be written plain instead, and nothing has happened.
-    async fn pack_batch<I: Io>(&self, io: &I, batch: &Batch<'_>) -> Result<bool> {
+    async fn pack_batch<I: Io>(&self, io: &I, batch: &Batch<'_, '_>) -> Result<bool> {
         let tables = self.active();
         let geometry = tables.geometry;
         let end = batch.start.plus(batch.length);
@@ -155,11 +174,13 @@ impl Image {
             return Ok(false); // the image has grown: what follows in the last cluster is no longer nobody's
         }
         self.own_l2_table(io, geometry.l1_index(batch.start)).await?;
-        let mut old = Vec::with_capacity(batch.contents.len());
-        for index in 0..batch.contents.len() as u64 {
+        let mut old = Vec::with_capacity(batch.packed.len());
+        for index in 0..batch.packed.len() as u64 {
             old.push(look_up(io, tables, batch.start.plus(index << geometry.cluster_bits)).await?);
         }
-        let (reservation, extents) = self.allocator.reserve_bytes(io, tables, batch.stored_lengths()).await?;
+        let lengths = batch.stored().map(|bytes| bytes.len() as u64);
+        let (reservation, extents) = self.allocator.reserve_bytes(io, tables, lengths).await?;
+        self.chain.clusters.forget(&extents);
         if !extents.iter().all(|extent| extent.is_encodable(geometry)) {
             return Ok(false); // further up in the file than a compressed descriptor reaches
         }
@@ -170,19 +191,27 @@ impl Image {
     }
 
     /// Writes the bytes of a batch, with one write wherever they touch on the host.
-    async fn write_extents<I: Io>(&self, io: &I, batch: &Batch<'_>, extents: Vec<CompressedExtent>) -> Result<Written> {
+    async fn write_extents<I: Io>(
+        &self,
+        io: &I,
+        batch: &Batch<'_, '_>,
+        extents: Vec<CompressedExtent>,
+    ) -> Result<Written> {
         let file = &self.active().file;
-        let (mut from, mut to) = (0, 0); // of the bytes that are not written yet
+        let mut pieces: PieceList<IoSrc<'_>> = PieceList::default(); // that are not written yet
         let mut start = extents.first().map_or_else(Default::default, |extent| extent.offset);
-        for (extent, length) in extents.iter().zip(batch.stored_lengths()) {
-            if extent.offset != start.plus((to - from) as u64) {
-                file.write_bytes(io, &batch.stored[from..to], start).await?;
-                (from, start) = (to, extent.offset);
+        let mut end = start;
+        for (extent, bytes) in extents.iter().zip(batch.stored()) {
+            if extent.offset != end {
+                file.write(io, pieces.as_slice(), start).await?;
+                pieces.clear();
+                start = extent.offset;
             }
-            to += length as usize;
+            pieces.push(IoSrc::from(bytes));
+            end = extent.offset.plus(bytes.len() as u64);
         }
-        if from < to {
-            file.write_bytes(io, &batch.stored[from..to], start).await?;
+        if start != end {
+            file.write(io, pieces.as_slice(), start).await?;
         }
         Ok(Written(extents))
     }
@@ -190,7 +219,7 @@ impl Image {
     async fn link_batch<I: Io>(
         &self,
         io: &I,
-        batch: &Batch<'_>,
+        batch: &Batch<'_, '_>,
         old: &[ClusterState],
         reservation: Reservation<'_>,
         written: Written,
@@ -198,28 +227,21 @@ impl Image {
         let geometry = self.active().geometry;
         let mut extents = written.0.into_iter();
         let mut changes: Vec<Change> = Vec::with_capacity(old.len());
-        for ((index, &old), content) in (0u64..).zip(old).zip(&batch.contents) {
+        for ((index, &old), packed) in (0u64..).zip(old).zip(batch.packed) {
             let cluster_at = batch.start.plus(index << geometry.cluster_bits);
-            let (state, releases) = match content {
-                Content::Zero => match plan_zero(geometry, old, geometry.all_subclusters(), true, true) {
+            let (state, releases) = match packed {
+                Packed::Zero => match plan_zero(geometry, old, geometry.all_subclusters(), true, true) {
                     Outcome::Entry { state, releases } => (state, releases),
                     _ => continue, // it is zero already
                 },
-                Content::Stored(_) => match extents.next() {
+                Packed::Stored(_) => match extents.next() {
                     Some(extent) => plan_compressed(old, extent),
                     None => unreachable!("as many extents as clusters that are stored"),
                 },
+                Packed::Plain => unreachable!("no cluster of a batch is plain"),
             };
             changes.push(change(cluster_at, old, state, releases));
         }
         self.link_changes(io, changes, reservation).await
     }
-}
-
-/// Packs one cluster; `None` if it is better written as it is.
-fn pack(method: Compression, cluster: &[u8], has_zero_flag: bool) -> Result<Option<Packed>> {
-    if has_zero_flag && IoSrc::from(cluster).is_zero() {
-        return Ok(Some(Packed::Zero));
-    }
-    Ok(codec::compress(method, cluster)?.map(Packed::Stored))
 }

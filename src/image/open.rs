@@ -123,7 +123,8 @@ impl Image {
             }
             load_tables(io, chain, options).await?
         };
-        let mut image = Self::on(Chain { layers }, header, Some(Arc::new(held)), storage, bits);
+        let mut image =
+            Self::on(Chain::new(layers, options.compressed_cache_size), header, Some(Arc::new(held)), storage, bits);
         image.path = path;
         image.detect_zeroes = options.detect_zeroes;
         image.write_through = options.cache.write_through;

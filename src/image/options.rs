@@ -181,6 +181,8 @@ pub struct OpenOptions {
     pub l2_cache_size: u64,
     /// Bytes of refcount blocks kept in memory.
     pub refcount_cache_size: u64,
+    /// Bytes of decompressed clusters kept in memory, of the image and its backing files.
+    pub compressed_cache_size: u64,
     /// Bytes that the counters of a check may take, also that of a dirty image which is opened for writing.
     pub check_memory: u64,
     /// Backing files given by the caller, nearest first.
@@ -212,6 +214,7 @@ impl Default for OpenOptions {
             overlap_check: OverlapCheck::default(),
             l2_cache_size: 32 << 20,
             refcount_cache_size: 8 << 20,
+            compressed_cache_size: 4 << 20,
             check_memory: MEMORY_BYTES_DEFAULT,
             backing_storages: Vec::new(),
             data_file: None,
@@ -239,6 +242,7 @@ impl fmt::Debug for OpenOptions {
             .field("overlap_check", &self.overlap_check)
             .field("l2_cache_size", &self.l2_cache_size)
             .field("refcount_cache_size", &self.refcount_cache_size)
+            .field("compressed_cache_size", &self.compressed_cache_size)
             .field("check_memory", &self.check_memory)
             .field("backing_storages", &self.backing_storages.len())
             .field("data_file", &self.data_file)
@@ -321,6 +325,7 @@ impl OpenOptions {
             }
             "l2_cache_size" => self.l2_cache_size = parse_cache_size(key, value)?,
             "refcount_cache_size" => self.refcount_cache_size = parse_cache_size(key, value)?,
+            "compressed_cache_size" => self.compressed_cache_size = parse_cache_size(key, value)?,
             "check_memory" => self.check_memory = parse_cache_size(key, value)?,
             _ => return unknown(key, |o| o.open),
         }
@@ -663,6 +668,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     for_create("data_file_raw", OptionKind::Bool, "off", "keep the external data file valid as a raw image by itself"),
     for_open("l2_cache_size", OptionKind::Size, "32M", "memory for L2 tables"),
     for_open("refcount_cache_size", OptionKind::Size, "8M", "memory for refcount blocks"),
+    for_open("compressed_cache_size", OptionKind::Size, "4M",
+        "memory for decompressed clusters, kept for reads of less than a cluster; 0: none"),
     for_open("check_memory", OptionKind::Size, "128M", "memory for the counters of a check, also of a dirty image opened to be written; at least 1M"),
     for_create("cluster_size", OptionKind::Size, "64k", "cluster size, a power of two from 512 to 2M"),
     for_create("extended_l2", OptionKind::Bool, "off", "32 subclusters per cluster (clusters of 16k and more)"),

@@ -194,7 +194,13 @@ impl Core {
             if taken >= min.min(max) || engine.under_way == 0 || is_over {
                 break;
             }
-            self.sleep(deadline)?;
+            if deadline.is_none() && self.io.has_to_compute() {
+                // Who would sleep, for however long it takes, computes instead: one thread less to be woken.
+                self.io.submit();
+                self.io.help_compute();
+            } else {
+                self.sleep(deadline)?;
+            }
             self.go_on(&mut engine);
         }
         self.io.submit();

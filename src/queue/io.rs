@@ -2,18 +2,20 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use super::Backend;
 use super::bell::{Bell, EventFd};
-use super::pool::{Call, Pool};
+use super::pool::{Call, Pool, processors};
 use super::ring::{Ring, RingFile};
 use crate::storage::{Io, IoDst, IoSrc, Storage, total_dst, total_src};
 use crate::wait::lock;
 
 /// Most pieces of one transfer (IOV_MAX of Linux).
 const PIECES_MAX: usize = 1024;
+/// What takes less time than this is computed by who polls: to have it done elsewhere takes some, too.
+const COMPUTED_AT_ONCE_MICROS: u64 = 40;
 /// A file system that is nothing but the page cache.
 const TMPFS: i64 = 0x0102_1994;
 
@@ -42,6 +44,7 @@ pub struct QueueIo {
     ring: Option<Ring>,
     files: Mutex<Vec<Known>>,
     pool: Pool,
+    processors: OnceLock<Arc<Pool>>, // once there is something to compute
 }
 
 impl QueueIo {
@@ -52,7 +55,7 @@ impl QueueIo {
             Backend::IoUring => Some(Ring::new(depth)?),
             Backend::Auto => Ring::new(depth).ok(),
         };
-        Ok(Self { ring, files: Mutex::default(), pool: Pool::default() })
+        Ok(Self { ring, files: Mutex::default(), pool: Pool::for_transfers(), processors: OnceLock::new() })
     }
 
     /// What performs transfers on files.
@@ -68,6 +71,16 @@ impl QueueIo {
     /// Wakes the pipelines whose transfers have ended.
     pub fn collect(&self) {
         self.ring.iter().for_each(Ring::collect);
+    }
+
+    /// Whether something waits for a processor.
+    pub fn has_to_compute(&self) -> bool {
+        self.processors.get().is_some_and(|processors| processors.has_work())
+    }
+
+    /// Computes a part of what waits for a processor. `false`: nothing does.
+    pub fn help_compute(&self) -> bool {
+        self.processors.get().is_some_and(|processors| processors.help())
     }
 
     /// Makes `event` signalled when transfers end.
@@ -232,6 +245,16 @@ impl Io for QueueIo {
             Some((_, known)) if known.writes == AtOnce::Always => on.punch_hole(offset, length),
             Some((ring, known)) => ring.punch_hole(known.file, offset, length).await.map(|_| ()),
             None => self.pool.start(Call::PunchHole(on, offset, length)).await.map(|_| ()),
+        }
+    }
+
+    async fn compute(&self, parts: usize, part_micros: u64, work: &(dyn Fn(usize) + Sync)) {
+        if parts as u64 * part_micros < COMPUTED_AT_ONCE_MICROS {
+            return (0..parts).for_each(work);
+        }
+        let processors = self.processors.get_or_init(processors);
+        if processors.start_all(parts, |part| Call::Compute(work, part)).await.is_err() {
+            panic!("a computation panicked"); // its message has been printed by then
         }
     }
 }

@@ -5,8 +5,10 @@
 //! submit   its pipeline runs until it has to wait        transfers go to the kernel in one batch
 //! reap     completions wake pipelines; what has ended is handed out
 //! ```
-//! There is no executor and no thread behind a queue: pipelines are polled by whoever calls `submit` or `reap`
-//! ([`engine`]), and transfers are io_uring's ([`ring`]), or a few threads' where there is none ([`pool`]). So that a
+//! There is no executor behind a queue: pipelines are polled by whoever calls `submit` or `reap` ([`engine`]), and
+//! transfers are io_uring's ([`ring`]), or a few threads' where there is none ([`pool`]). Only what takes a processor for
+//! long, compressing and decompressing, is handed to threads that all queues of the process share, and that exist from
+//! the first such work until the last queue goes. So that a
 //! blocking call never waits for a queue whose owner is elsewhere (or is the caller itself), threads that have to wait
 //! for a claim poll the queues of the image meanwhile ([`crate::wait::Help`]).
 

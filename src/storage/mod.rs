@@ -8,6 +8,7 @@ use std::future::Future;
 use std::io;
 use std::marker::PhantomData;
 
+mod compute;
 mod direct;
 pub mod file;
 pub mod hints;
@@ -255,9 +256,17 @@ pub trait Io: Sync {
     fn punch_hole(&self, on: &dyn Storage, offset: u64, length: u64) -> impl Future<Output = io::Result<()>> {
         async move { on.punch_hole(offset, length) }
     }
+
+    /// Calls `work`, which does no I/O and waits for nobody, for each part from 0 to `parts`: one after the other, or on
+    /// several threads at once. A part takes about `part_micros` microseconds. What it panics with ends the pipeline.
+    fn compute(&self, parts: usize, part_micros: u64, work: &(dyn Fn(usize) + Sync)) -> impl Future<Output = ()> {
+        let _ = part_micros;
+        async move { (0..parts).for_each(work) }
+    }
 }
 
-/// Inline I/O in the calling thread: every future is ready at its first poll.
+/// Inline I/O in the calling thread: every future is ready at its first poll. What takes long to compute is shared with
+/// a few threads that live as long as that.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Blocking;
 
@@ -275,5 +284,9 @@ impl Io for Blocking {
     #[inline]
     async fn flush(&self, on: &dyn Storage) -> io::Result<()> {
         on.flush()
+    }
+
+    async fn compute(&self, parts: usize, part_micros: u64, work: &(dyn Fn(usize) + Sync)) {
+        compute::on_threads(parts, part_micros, work);
     }
 }

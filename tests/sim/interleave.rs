@@ -396,3 +396,68 @@ fn a_zeroed_range_never_shows_an_older_write_again() {
         image.close().unwrap();
     }
 }
+
+/// Clusters that are compressed to the same length take each other's place in the file: what was kept of the one that was
+/// there before must not be read as the one that is there now. Small reads of both are under way all the time.
+#[test]
+fn what_is_kept_decompressed_is_never_older_than_the_entry() {
+    let Some(dir) = qemu::dir("interleave-kept") else { return };
+    let extent_of = |disk: &SimDisk, cluster| Layout::parse(&disk.durable()).unwrap().entry(0, cluster).descriptor;
+    for name in ["4 KiB, backing", "4 KiB, 2-bit refcounts, zstd"] {
+        let start = cases().into_iter().find(|case| case.name == name).unwrap().make(&dir);
+        let (cluster, mut reused) = (start.cluster, 0);
+        for seed in 1..number("INTERLEAVINGS", INTERLEAVINGS_BY_DEFAULT) / 20 {
+            let mut rng = Rng::new(seed);
+            let disk = Arc::new(SimDisk::new(start.image.clone()));
+            let io = SimIo::new(seed, 1 + seed % 3, vec![disk.clone()]);
+            let image = qcow2::wait::block_on(open(&Blocking, &disk, &start, 0)).unwrap();
+            let mut guest = start.guest();
+            let (from, to) = (start.hot[0] * cluster, start.hot[1] * cluster);
+            let before = squeezable(1, from, cluster);
+            guest.issue(from, &before);
+            guest.issue(to, &vec![0; cluster as usize]);
+            image.write_zeroes(to, cluster, ZeroFlags { may_unmap: true, ..ZeroFlags::default() }).unwrap();
+            image.write(&[IoSrc::from(&before[..])], GuestOffset(from), COMPRESSED).unwrap();
+            image.flush().unwrap();
+            let first = extent_of(&disk, from / cluster);
+            let request =
+                |kind, offset, data| Request { kind, offset, data, fua: false, optional: false, began: 0, ended: 0 };
+            let small = |rng: &mut Rng, at: u64| {
+                request(Kind::Read, at + rng.below(cluster / ATOM) * ATOM, vec![0; ATOM as usize])
+            };
+            let mut readers = vec![Vec::new(); 2];
+            for _ in 0..8 {
+                let at = [from, to][rng.below(2) as usize];
+                readers[rng.below(2) as usize].push(small(&mut rng, at));
+            }
+            let writer = vec![
+                small(&mut rng, from),
+                request(Kind::Zero, from, vec![0; cluster as usize]),
+                request(Kind::Flush, 0, Vec::new()),
+                request(Kind::Flush, 0, Vec::new()), // a reader may have kept the first one from freeing it
+                request(Kind::Compressed, to, squeezable(8, to, cluster)),
+                small(&mut rng, to),
+            ];
+            let mut writer = writer;
+            writer[1].fua = true; // may unmap
+            let clients = [readers, vec![writer]].concat();
+            let (clock, done) = (Cell::new(1), RefCell::new(Vec::new()));
+            let (image_ref, io_ref, clock_ref, done_ref) = (&image, &io, &clock, &done);
+            let tasks = clients.iter().map(|requests| {
+                Box::pin(async move {
+                    for request in requests {
+                        perform(image_ref, io_ref, clock_ref, done_ref, request.clone()).await;
+                    }
+                }) as Task<'_, ()>
+            });
+            let label = format!("{name}, seed {seed}");
+            let stuck = Scheduler::new(seed).run(tasks.collect(), || {}).err();
+            assert_eq!(stuck, None, "{label}");
+            check_history(&start, &guest, &image, done.into_inner(), &label);
+            image.close().unwrap();
+            reused += u64::from(extent_of(&disk, to / cluster) == first);
+        }
+        println!("{name}: the place was taken over {reused} times");
+        assert!(reused > 50, "{name}: the place was taken over {reused} times only");
+    }
+}

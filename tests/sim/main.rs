@@ -15,6 +15,7 @@ mod check_crash;
 mod compressed;
 mod crash;
 mod create_crash;
+mod decompressed;
 mod faults;
 mod interleave;
 mod interleave_operations;

@@ -111,7 +111,8 @@ impl Image {
         let layers = std::iter::once(first).chain(self.chain.layers[1..].iter().cloned()).collect();
         let bits = READ_ONLY | if self.status.any(CORRUPT) { CORRUPT } else { 0 };
         let held = lock(&self.lock).clone();
-        let mut image = Image::on(Chain { layers }, root, held, self.storage.clone(), bits);
+        let chain = Chain::new(layers, self.chain.clusters.budget_bytes());
+        let mut image = Image::on(chain, root, held, self.storage.clone(), bits);
         image.path = self.path.clone();
         image.opened_as = Mutex::new(Some(self.opened_snapshots.add(&table.snapshots[index])));
         image.log = self.log.clone();

@@ -86,6 +86,12 @@ impl Io for SimIo {
         disk.complete(outcome?);
         Ok(())
     }
+
+    async fn compute(&self, parts: usize, _part_micros: u64, work: &(dyn Fn(usize) + Sync)) {
+        self.pause().await;
+        (0..parts).for_each(work);
+        self.pause().await;
+    }
 }
 
 /// A task that a [`Scheduler`] runs.
