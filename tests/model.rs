@@ -4,10 +4,15 @@
 //!
 //! `MODEL_SEED` sets the seed, `MODEL_OPS` the operations for each image.
 
+#[path = "model/history.rs"]
+mod history;
 mod judge;
 #[path = "model/operations.rs"]
 mod operations;
 mod qemu;
+#[path = "model/queues.rs"]
+mod queues;
+mod requests;
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -137,12 +142,16 @@ fn create(path: &str, options: &str, below: &Option<(String, &str)>, size: u64) 
 }
 
 fn open(path: &str, tiny: bool) -> Image {
+    Image::open(Path::new(path), &open_options(tiny)).unwrap()
+}
+
+fn open_options(tiny: bool) -> OpenOptions {
     let mut options = OpenOptions { backing: BackingPolicy::Any, ..OpenOptions::default() };
     if tiny {
         options.l2_cache_size = 4096;
         options.refcount_cache_size = 4096;
     }
-    Image::open(Path::new(path), &options).unwrap()
+    options
 }
 
 /// A range: mostly small, sometimes over several clusters, aligned or not.
@@ -166,6 +175,24 @@ fn check_end(path: &str, dir: &qemu::Dir, content: &[u8], label: &str) {
     let verdict = Judge::default().judge(&image);
     assert!(verdict.violations.is_empty() && verdict.leaks == 0, "{label}: {verdict:?}");
     assert!(!Layout::parse(&image).unwrap().dirty, "{label}: dirty bit after close");
+}
+
+/// The snapshots hold what they should, for QEMU and for us; `size` is that of the disk now.
+fn check_snapshots(path: &str, dir: &qemu::Dir, snapshots: &[(String, Vec<u8>)], size: usize, label: &str) {
+    let raw = dir.path("snapshot.raw");
+    for (name, content) in snapshots {
+        let which = format!("snapshot.name={name}");
+        qemu::img(&["convert", "-f", "qcow2", "-O", "raw", "-l", &which, path, &raw]);
+        // It shows what the snapshot has of the size that the disk has now.
+        let (theirs, both) = (std::fs::read(&raw).unwrap(), content.len().min(size));
+        assert!(theirs[..both] == content[..both], "{label}: snapshot {name}, by QEMU");
+        let image = open(path, false);
+        let snapshot = image.snapshot_open(name).unwrap();
+        assert_eq!(snapshot.size(), content.len() as u64, "{label}: snapshot {name}");
+        let mut seen = vec![0xaa; content.len()];
+        snapshot.pread(&mut seen, 0).unwrap();
+        assert!(seen == *content, "{label}: snapshot {name}");
+    }
 }
 
 fn number(name: &str, default: u64) -> u64 {

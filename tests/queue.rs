@@ -2,12 +2,14 @@
 //! disk, and on a storage without a descriptor. Whatever is in flight, the guest reads what a flat array would.
 
 mod qemu;
+mod requests;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
+use qcow2::Error;
 use qcow2::format::GuestOffset;
 use qcow2::image::{
     BitmapOptions, CreateOptions, Image, OpenOptions, ResizeOptions, WriteFlags, ZeroFlags, create_with,
@@ -17,9 +19,7 @@ use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::Rng;
 use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
 use qcow2::wait::block_on;
-use qcow2::{Error, Result};
-
-const BACKENDS: [Backend; 2] = [Backend::IoUring, Backend::Threads];
+use requests::{BACKENDS, Buffer, push, reap_all};
 
 struct Place {
     path: Option<PathBuf>, // none: in memory, without a descriptor
@@ -65,37 +65,6 @@ impl Drop for Place {
             let _ = std::fs::remove_file(path);
         }
     }
-}
-
-/// Memory that requests use, which stays where it is; looked at only while no request is using it.
-struct Buffer(Box<[u8]>);
-
-impl Buffer {
-    fn new(length: usize) -> Self {
-        Self(vec![0; length].into())
-    }
-
-    fn dst(&mut self, from: usize, length: usize) -> IoDst<'static> {
-        assert!(from + length <= self.0.len());
-        // SAFETY: the tests drop their queues, which wait for all requests, before their buffers.
-        unsafe { IoDst::from_raw(self.0.as_mut_ptr().add(from), length) }
-    }
-
-    fn src(&self, from: usize, length: usize) -> IoSrc<'static> {
-        assert!(from + length <= self.0.len());
-        // SAFETY: as above.
-        unsafe { IoSrc::from_raw(self.0.as_ptr().add(from).cast_mut(), length) }
-    }
-}
-
-fn push(queue: &mut Queue, request: Request, user_data: u64) {
-    assert!(queue.push(request, user_data).is_ok(), "no slot is free");
-}
-
-fn reap_all(queue: &mut Queue) -> Vec<(u64, Result<()>)> {
-    let mut all = Vec::new();
-    queue.reap(usize::MAX, usize::MAX, None, |c| all.push((c.user_data, c.result))).unwrap();
-    all
 }
 
 fn each(name: &str, test: impl Fn(&Place, Backend)) {
@@ -146,7 +115,7 @@ fn what_a_queue_does_is_what_an_array_would_hold() {
             let request = match rng.below(10) {
                 0..4 => {
                     let value = (round * 32 + slot as u64) as u8 | 1;
-                    buffer.0.fill(value);
+                    buffer.bytes_mut().fill(value);
                     model[range].fill(value);
                     let half = length as usize / 2 + 7;
                     let pieces = vec![buffer.src(0, half), buffer.src(half, length as usize - half)];
@@ -173,7 +142,7 @@ fn what_a_queue_does_is_what_an_array_would_hold() {
             result.unwrap_or_else(|e| panic!("request {user_data}: {e}"));
         }
         for (slot, range) in reads {
-            assert!(buffers[slot].0[..range.len()] == model[range.clone()], "round {round}: read {range:?}");
+            assert!(buffers[slot].bytes()[..range.len()] == model[range.clone()], "round {round}: read {range:?}");
         }
     }
 }
@@ -267,7 +236,7 @@ fn queues_and_threads_share_an_image() {
                 scope.spawn(move || {
                     let mut queue = Queue::new(image, 16, backend).unwrap();
                     let buffers: Vec<Buffer> =
-                        (0..16).map(|i| Buffer(vec![(owner * 16 + i) as u8 + 1; 2048].into())).collect();
+                        (0..16).map(|i| Buffer::of(&[(owner * 16 + i) as u8 + 1; 2048])).collect();
                     for round in 0..40u64 {
                         for (i, buffer) in buffers.iter().enumerate() {
                             // Interleaved with the other owners' in every cluster.
@@ -341,7 +310,7 @@ fn slots_are_bounded_and_what_was_not_submitted_can_be_cancelled() {
     each("cancel", |place, backend| {
         let image = place.image(1 << 20, &CreateOptions::default());
         let mut queue = Queue::new(image.clone(), 2, backend).unwrap();
-        let buffer = Buffer(vec![5; 512].into());
+        let buffer = Buffer::of(&[5; 512]);
         let write = |at| Request::Write(vec![buffer.src(0, 512)], GuestOffset(at), WriteFlags::default());
         push(&mut queue, write(0), 10);
         push(&mut queue, write(512), 11);
@@ -376,7 +345,7 @@ fn slots_are_bounded_and_what_was_not_submitted_can_be_cancelled() {
 fn a_queue_that_is_dropped_and_an_image_that_is_closed_let_requests_end_first() {
     each("drop", |place, backend| {
         let image = place.image(8 << 20, &CreateOptions { extended_l2: true, ..CreateOptions::default() });
-        let buffer = Buffer(vec![9; 4096].into());
+        let buffer = Buffer::of(&[9; 4096]);
         let begin = |queue: &mut Queue, first: u64| {
             for i in first..first + 16 {
                 push(
@@ -456,7 +425,7 @@ fn errors_of_the_storage_end_the_requests_that_they_hit() {
                 let storage = Arc::new(storage);
                 let image = Arc::new(Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap());
                 let mut queue = Queue::new(image.clone(), 8, backend).unwrap();
-                let buffer = Buffer(vec![3; 4096].into());
+                let buffer = Buffer::of(&[3; 4096]);
                 storage.left.store(steps, Ordering::SeqCst);
                 for i in 0..7u64 {
                     let at = GuestOffset(i * 65536);

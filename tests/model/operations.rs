@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::judge::{self, Layout};
-use super::{Image, Rng, Shape, check_end, half_random_bytes, number, open, qemu, random_bytes, range, shapes};
+use super::{
+    Image, Rng, Shape, check_end, check_snapshots, half_random_bytes, number, open, qemu, random_bytes, range, shapes,
+};
 use qcow2::Error;
 use qcow2::format::GuestOffset;
 use qcow2::image::{BitmapOptions, Preallocation, ResizeOptions, SnapshotFacts, WriteFlags, ZeroFlags};
@@ -235,29 +237,7 @@ impl Model<'_> {
             let missing = model.covers.iter().find(|at| dirty.binary_search(at).is_err());
             assert_eq!(missing, None, "{label}: bitmap {} says too little", bitmap.name);
         }
-        let raw = dir.path("snapshot.raw");
-        for (name, content) in &self.snapshots {
-            qemu::img(&[
-                "convert",
-                "-f",
-                "qcow2",
-                "-O",
-                "raw",
-                "-l",
-                &format!("snapshot.name={name}"),
-                &self.path,
-                &raw,
-            ]);
-            // It shows what the snapshot has of the size that the disk has now.
-            let (theirs, both) = (std::fs::read(&raw).unwrap(), content.len().min(self.content.len()));
-            assert!(theirs[..both] == content[..both], "{label}: snapshot {name}, by QEMU");
-            let image = open(&self.path, false);
-            let snapshot = image.snapshot_open(name).unwrap();
-            assert_eq!(snapshot.size(), content.len() as u64, "{label}: snapshot {name}");
-            let mut seen = vec![0xaa; content.len()];
-            snapshot.pread(&mut seen, 0).unwrap();
-            assert!(seen == *content, "{label}: snapshot {name}");
-        }
+        check_snapshots(&self.path, dir, &self.snapshots, self.content.len(), label);
     }
 }
 

@@ -11,7 +11,11 @@ impl Dir {
     /// A scratch directory (in memory where the system has such a place).
     pub fn new(name: &str) -> Self {
         let shm = PathBuf::from("/dev/shm");
-        let root = if shm.is_dir() { shm } else { std::env::temp_dir() };
+        Self::under(if shm.is_dir() { shm } else { std::env::temp_dir() }, name)
+    }
+
+    /// A scratch directory in a folder.
+    fn under(root: PathBuf, name: &str) -> Self {
         let dir = root.join(format!("libqcow2-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         Self(dir)
@@ -31,13 +35,22 @@ impl Drop for Dir {
 
 /// A scratch directory if qemu-img and qemu-io are there.
 pub fn dir(name: &str) -> Option<Dir> {
+    are_there(name).then(|| Dir::new(name))
+}
+
+/// As [`dir`], where files have a disk behind them (or what the system calls temporary).
+pub fn dir_on_disk(name: &str) -> Option<Dir> {
+    are_there(name).then(|| Dir::under(std::env::temp_dir(), name))
+}
+
+fn are_there(name: &str) -> bool {
     let there = |tool: &str| Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success());
     if there("qemu-img") && there("qemu-io") {
-        return Some(Dir::new(name));
+        return true;
     }
     assert!(std::env::var_os("CI").is_none(), "qemu-img and qemu-io are needed under CI");
     eprintln!("SKIPPED: {name} needs qemu-img and qemu-io");
-    None
+    false
 }
 
 /// A tool that runs in the folder of the first file that it is told of: QEMU looks for external data files from where
