@@ -500,7 +500,7 @@ fn compressed_clusters_go_through_queues() {
         let mut written: Vec<Buffer> = Vec::new();
         for at in (0..CLUSTERS).step_by(5) {
             let data: Vec<u8> = (at..at + 5).flat_map(|n| text(start + n, 1)).collect();
-            written.push(Buffer(data.into()));
+            written.push(Buffer::of(&data));
         }
         for (n, buffers) in written.chunks(8).enumerate() {
             for (i, buffer) in buffers.iter().enumerate() {
@@ -524,7 +524,10 @@ fn compressed_clusters_go_through_queues() {
             }
             reap(&mut queue, 16);
             for (buffer, range) in buffers.iter().zip(ranges) {
-                assert!(buffer.0[..range.len()] == expected[range.clone()], "owner {owner}, round {round}: {range:?}");
+                assert!(
+                    buffer.bytes()[..range.len()] == expected[range.clone()],
+                    "owner {owner}, round {round}: {range:?}"
+                );
             }
         }
         // A queue that goes while much is being computed waits for it.
@@ -537,7 +540,7 @@ fn compressed_clusters_go_through_queues() {
         }
         queue.submit();
         drop(queue);
-        let read = expected[..1 << 20] == *buffers[0].0;
+        let read = expected[..1 << 20] == *buffers[0].bytes();
         assert!(read, "owner {owner}: the queue has gone before its requests");
     }
 }

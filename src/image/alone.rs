@@ -233,6 +233,14 @@ mod tests {
     use crate::storage::{Blocking, Storage};
     use crate::wait::block_on;
 
+    struct OnDrop<F: Fn()>(F);
+
+    impl<F: Fn()> Drop for OnDrop<F> {
+        fn drop(&mut self) {
+            (self.0)();
+        }
+    }
+
     fn image(size: u64) -> (Arc<MemoryStorage>, Image) {
         let storage = Arc::new(MemoryStorage::default());
         block_on(create_with(&Blocking, &*storage, size, &CreateOptions::default())).unwrap();
@@ -243,10 +251,14 @@ mod tests {
     #[test]
     fn nobody_else_is_in_an_image_that_is_held_alone() {
         let (_, image) = image(64 << 20);
-        let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        let stop = AtomicBool::new(false);
+        let done: [AtomicU64; 4] = Default::default();
+        let now = || done.each_ref().map(|done| done.load(Ordering::SeqCst));
         std::thread::scope(|scope| {
+            // Also when an assertion fails: the threads would go on for ever.
+            let _stops = OnDrop(|| stop.store(true, Ordering::Relaxed));
             for thread in 0..4u64 {
-                let (image, done, stop) = (&image, &done, &stop);
+                let (image, done, stop) = (&image, &done[thread as usize], &stop);
                 scope.spawn(move || {
                     let mut buffer = [thread as u8; 4096];
                     for i in 0u64.. {
@@ -267,17 +279,18 @@ mod tests {
             }
             for _ in 0..30 {
                 let alone = block_on(image.hold_alone(&Blocking)).unwrap();
-                std::thread::sleep(Duration::from_millis(1)); // who is on the way out counts itself
-                let before = done.load(Ordering::SeqCst);
-                std::thread::sleep(Duration::from_millis(1));
-                assert_eq!(done.load(Ordering::SeqCst), before, "a request ended meanwhile");
+                let before = now();
+                std::thread::sleep(Duration::from_millis(2));
+                // Who is on the way out counts itself, once.
+                let after = now();
+                let only_out = before.iter().zip(&after).all(|(before, after)| after - before <= 1);
+                assert!(only_out, "requests began meanwhile: {before:?}, and then {after:?}");
                 assert_eq!((alone.tables().l2.dirty_count(), image.status.any(ALONE)), (0, true));
                 drop(alone);
-                while done.load(Ordering::SeqCst) == before {
+                while now() == after {
                     std::thread::yield_now();
                 }
             }
-            stop.store(true, Ordering::Relaxed);
         });
         image.close().unwrap();
     }
