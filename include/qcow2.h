@@ -822,7 +822,10 @@ typedef struct qcow2_info {
 typedef struct qcow2_stats {
     /** Bytes that were read from old clusters or backing files to fill up what a write did not cover (copy-on-write). */
     uint64_t copied_bytes;
-    /** Bytes around a write that read as zeroes and were written as such. */
+    /**
+     * Bytes around a write that read as zeroes and are zeroes in the host cluster now: written as such, or because it
+     * was never written to.
+     */
     uint64_t zero_filled_bytes;
     /** Host clusters allocated for guest data. */
     uint64_t clusters_allocated;
