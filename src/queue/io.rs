@@ -131,7 +131,17 @@ fn at_once(fd: RawFd) -> AtOnce {
     let mut facts: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: as above, and a writable struct.
     let known = unsafe { libc::fstatfs(fd, &raw mut facts) } == 0;
-    if known && facts.f_type as i64 == TMPFS { AtOnce::Always } else { AtOnce::Try }
+    if known && facts.f_type as i64 == TMPFS && is_regular(fd) { AtOnce::Always } else { AtOnce::Try }
+}
+
+/// Whether a descriptor is one of a regular file. A device is asked about the file system that its name is on, and /dev
+/// says that it is in memory.
+fn is_regular(fd: RawFd) -> bool {
+    // SAFETY: all-zero bytes are a valid stat, which the call fills.
+    let mut facts: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: a descriptor of an open storage, and a writable struct.
+    let known = unsafe { libc::fstat(fd, &raw mut facts) } == 0;
+    known && facts.st_mode & libc::S_IFMT == libc::S_IFREG
 }
 
 /// What an attempt at once came to: `None` where it would have blocked, or did a part only.
@@ -261,4 +271,25 @@ impl Io for QueueIo {
 
 fn is_to_be_repeated(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    /// Block devices were taken for files in memory, because /dev is a tmpfs: each transfer of a queue on a disk was made
+    /// while its owner waited. Found by lending a ring the device that is always full.
+    #[test]
+    fn a_device_is_no_file_in_memory_although_its_name_is() {
+        let full = std::fs::File::open("/dev/full").unwrap();
+        assert_eq!(at_once(full.as_raw_fd()), AtOnce::Try);
+        let folder = std::path::Path::new("/dev/shm");
+        if folder.is_dir() {
+            let path = folder.join(format!("libqcow2-at-once-{}", std::process::id()));
+            let file = std::fs::File::create(&path).unwrap();
+            std::fs::remove_file(&path).unwrap();
+            assert_eq!(at_once(file.as_raw_fd()), AtOnce::Always);
+        }
+    }
 }

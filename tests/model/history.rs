@@ -8,8 +8,8 @@ struct Change {
     content: Vec<u8>,
     began: u64,
     ended: Option<u64>,
-    /// It was refused on its way: each byte of it is there or not.
-    refused: bool,
+    /// It was refused on its way, or may be done in part: each byte of it is there or not.
+    in_part: bool,
 }
 
 /// A change that has begun.
@@ -36,14 +36,14 @@ impl History {
     pub fn begin(&mut self, from: u64, content: Vec<u8>) -> Begun {
         assert!(from as usize + content.len() <= self.base.len());
         let began = self.now();
-        self.changes.push(Change { from: from as usize, content, began, ended: None, refused: false });
+        self.changes.push(Change { from: from as usize, content, began, ended: None, in_part: false });
         Begun(self.changes.len() - 1)
     }
 
-    pub fn end(&mut self, change: Begun, refused: bool) {
+    pub fn end(&mut self, change: Begun, in_part: bool) {
         let ended = Some(self.now());
         let change = &mut self.changes[change.0];
-        (change.ended, change.refused) = (ended, refused);
+        (change.ended, change.in_part) = (ended, in_part);
     }
 
     /// What a read from `began` until now found: the first byte that nothing explains.
@@ -63,7 +63,7 @@ impl History {
         let end = from + found.len();
         let covering = || met.iter().filter(|c| c.from <= from && end <= c.end());
         // Whatever had ended before this is covered for good.
-        let hides = |c: &&&Change| !c.refused && c.ended.is_some_and(|at| at < began);
+        let hides = |c: &&&Change| !c.in_part && c.ended.is_some_and(|at| at < began);
         let covered = covering().filter(hides).map(|c| c.began).max().unwrap_or(0);
         let seen = covering().filter(|c| c.ended.is_none_or(|at| at > covered));
         let mut allowed: Vec<&[u8]> = seen.map(|c| &c.content[from - c.from..end - c.from]).collect();
@@ -74,6 +74,17 @@ impl History {
             return None;
         }
         (0..found.len()).find(|&i| allowed.iter().all(|content| content[i] != found[i])).map(|i| (from + i) as u64)
+    }
+
+    /// The changes that met at a byte, for messages: when each began and ended, from where to where, and what it left.
+    pub fn told(&self, at: u64) -> Vec<String> {
+        let at = at as usize;
+        let met = self.changes.iter().filter(|c| c.from <= at && at < c.end());
+        let told = |c: &Change| {
+            let (end, left) = (c.end(), c.content[at - c.from]);
+            format!("{}..{:?}: 0x{left:02x} in {}..{end}, in part: {}", c.began, c.ended, c.from, c.in_part)
+        };
+        met.map(told).chain([format!("before: 0x{:02x}", self.base[at])]).collect()
     }
 
     /// Nothing is under way, and this is what the disk reads.

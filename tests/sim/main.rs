@@ -4,6 +4,8 @@
 mod judge;
 #[path = "../qemu/mod.rs"]
 mod qemu;
+#[path = "../requests/mod.rs"]
+mod requests;
 #[path = "../stage/mod.rs"]
 mod stage;
 
@@ -23,6 +25,7 @@ mod judge_self;
 mod known_holes;
 mod operation_crash;
 mod operation_faults;
+mod queue_faults;
 mod regress_tables;
 mod snapshot_crash;
 
