@@ -59,7 +59,8 @@ class Folder:
 
     def clear(self):
         """Gives back what the last workload needed; the large images stay."""
-        for name in ("ours.qcow2", "raw.img", "base.raw", "qemu.qcow2", "peer.qcow2", "copy.qcow2"):
+        for name in ("ours.qcow2", "raw.img", "base.raw", "qemu.qcow2", "peer.qcow2", "copy.qcow2", "compressed.qcow2",
+                     "plain.raw"):
             self.file(name).unlink(missing_ok=True)
 
 

@@ -107,9 +107,29 @@ def check(workload, folder):
     return {"seconds": time.monotonic() - started}
 
 
+def compressed_read(workload, folder):
+    """`qemu-img bench` on the compressed image that the program has left."""
+    settings, image = workload.qemu, folder.file("compressed.qcow2")
+    count = virtual_size(image) // settings["block"]
+    command = ["qemu-img", "bench", "-f", "qcow2", "-t", "writeback", "-d", settings["depth"], "-c", count]
+    return {"seconds": run_seconds(output_of([*command, "-s", settings["block"], "-S", settings["block"], image])) / count}
+
+
+def compressed_write(workload, folder):
+    """`qemu-img convert -c` of the same content, with as many coroutines as it takes, out of order."""
+    settings, source = workload.qemu, folder.file("plain.raw")
+    plain = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", folder.file("compressed.qcow2"), source]
+    output_of(plain)
+    options = ["-o", f"compression_type={settings['method']}"]
+    started = time.monotonic()
+    output_of(["qemu-img", "convert", "-c", "-m", 16, "-W", "-f", "raw", "-O", "qcow2", *options, source, folder.file("qemu.qcow2")])
+    return {"seconds": (time.monotonic() - started) / (source.stat().st_size // settings["block"])}
+
+
 def run(workload, folder):
     """What the line asks QEMU for; None where it asks for nothing, QEMU is not installed, or noise hid its time."""
     if workload.qemu is None or not has("qemu-img") or not has("qemu-io"):
         return None
     functions = {"bench": bench, "cold": cold, "reopen": reopen, "zeroes": zeroes, "discard": discard, "check": check}
+    functions |= {"compressed_read": compressed_read, "compressed_write": compressed_write}
     return functions[workload.qemu["does"]](workload, folder)

@@ -150,13 +150,18 @@ def on_disk():
                    raw_target=0.55, qemu_target=1.5)
 
 
-# Measured by benches/compressed.c, where there is such a program: `compressed CALL FOLDER [rounds=N] [size_mib=N]`, the
-# same JSON lines. Its raw side is the codec alone; it prints lines of a side "qemu" itself.
+def compressed(label, call, method, qemu_target):
+    """8 requests of 1 MiB through a queue; raw is the codec alone, on as many threads as there are processors."""
+    settings = {"method": method, "depth": 8, "block": MIB, "size_mib": 128}
+    theirs = {"does": f"compressed_{call}", "method": method, "depth": 8, "block": MIB}
+    return Workload(label, "compressed", call, settings=settings, qemu=theirs, raw_target=0.9, qemu_target=qemu_target)
+
+
 COMPRESSED = [
-    Workload("sequential read, compressed with zlib, queue", "compressed", "read-zlib", raw_target=0.9, qemu_target=2.5),
-    Workload("sequential read, compressed with zstd, queue", "compressed", "read-zstd", raw_target=0.9, qemu_target=2),
-    Workload("compressed writing, zlib, queue", "compressed", "write-zlib", raw_target=0.9, qemu_target=2.5),
-    Workload("compressed writing, zstd, queue", "compressed", "write-zstd", raw_target=0.9, qemu_target=1.8),
+    compressed("sequential read of 1 MiB, compressed with zlib, queue, depth 8", "read", "zlib", 2.5),
+    compressed("sequential read of 1 MiB, compressed with zstd, queue, depth 8", "read", "zstd", 2),
+    compressed("compressed writing of 1 MiB, zlib, queue, depth 8", "write", "zlib", 2.5),
+    compressed("compressed writing of 1 MiB, zstd, queue, depth 8", "write", "zstd", 1.8),
 ]
 
 WORKLOADS = [*in_place_in_memory(), *allocating_in_memory(), *sequential(MEMORY), *large_disks(), *COMPRESSED,
