@@ -73,7 +73,9 @@ impl Recorder {
         for index in first / LEAF_BITS..=last / LEAF_BITS {
             let Some(leaf) = self.leaves.get(index as usize) else { return };
             let start = index * LEAF_BITS;
-            if let Leaf::Bits(words) = leaf.get_or_init(|| self.new_leaf()) {
+            // Whole leaves cost nothing: what a disk grows by may be terabytes.
+            let is_whole = first <= start && last - start >= LEAF_BITS - 1;
+            if let Leaf::Bits(words) = leaf.get_or_init(|| if is_whole { Leaf::All } else { self.new_leaf() }) {
                 set(words, first.max(start) - start, last.min(start + LEAF_BITS - 1) - start);
             }
         }
@@ -158,6 +160,29 @@ mod tests {
         let mut found = vec![0; bytes];
         recorder.or_into(first, &mut found);
         found
+    }
+
+    /// A disk that grew by terabytes made each bitmap that was enabled note them bit by bit, in hundreds of megabytes. Found by
+    /// fuzzing operations.
+    #[test]
+    fn a_long_range_takes_no_memory() {
+        let budget = Arc::new(Budget::new(1 << 30));
+        let recorder = Recorder::new(1000 * LEAF_BITS + 100, 9, &budget);
+        let before = budget.left_bytes.load(Ordering::Relaxed);
+        let (first, last) = (LEAF_BITS / 2, 1000 * LEAF_BITS + 99);
+        recorder.note(first << 9, (last - first + 1) << 9);
+        assert_eq!(
+            before - budget.left_bytes.load(Ordering::Relaxed),
+            2 * LEAF_BITS / 8,
+            "the first and the last leaf"
+        );
+        let found = bytes_of(&recorder, 0, (1001 * LEAF_BITS / 8) as usize);
+        let is_set = |bit: u64| found[bit as usize / 8] >> (bit % 8) & 1 == 1;
+        let all = 0..1001 * LEAF_BITS;
+        assert!(all.clone().all(|bit| is_set(bit) == (first..=last).contains(&bit)));
+        let narrow = Recorder::new(3 * LEAF_BITS, 9, &budget);
+        narrow.note(LEAF_BITS << 9, (LEAF_BITS - 1) << 9);
+        assert!(!is_set(all.end - 1) && bytes_of(&narrow, 2 * LEAF_BITS - 64, 8)[7] == 0x7f, "one bit short of a leaf");
     }
 
     #[test]

@@ -30,6 +30,9 @@ pub struct ResizeOptions {
     pub preallocation: Preallocation,
 }
 
+/// Entries of an L1 table that are written at once.
+const PIECE_ENTRIES: u64 = 1 << 17;
+
 /// An L2 table as it is on disk.
 struct StoredTable {
     at: HostOffset,
@@ -115,11 +118,11 @@ impl Alone<'_> {
         let tables = self.tables();
         let geometry = tables.geometry;
         let clusters = |count: u64| geometry.clusters_for(count * 8);
-        let (old, old_at) = (tables.l1.entries(), tables.l1.host_range().start);
-        let (old_count, count) = (old.len() as u64, entries.len() as u64);
+        let (old_count, old_at) = (tables.l1.count(), tables.l1.host_range().start);
+        let count = entries.len() as u64;
         let old_first = geometry.host_cluster(old_at).0;
-        let same = old.len().min(entries.len());
-        if old_at != HostOffset(0) && clusters(count) <= clusters(old_count) && old[..same] == entries[..same] {
+        let is_same = || (0..old_count).zip(entries).all(|(index, entry)| tables.l1.get(L1Index(index)) == *entry);
+        if old_at != HostOffset(0) && clusters(count) <= clusters(old_count) && is_same() {
             self.extend_in_place(io, old_at, old_count, entries).await?;
             let place = if count == 0 { HostOffset(0) } else { old_at };
             self.switch_roots(io, |header| set_roots(header, size, place, count), NewL1::Rewritten(entries)).await?;
@@ -140,9 +143,15 @@ impl Alone<'_> {
             unreachable!("a table that grows or changes is not empty")
         };
         let place = geometry.host_offset(first);
-        let mut bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        bytes.resize((geometry.clusters_for(count * 8) * geometry.cluster_size_bytes()) as usize, 0);
-        tables.file.write_bytes(io, &bytes, place).await?;
+        // In pieces: the table may be 32 MiB long, and is in memory twice already.
+        let whole = geometry.clusters_for(count * 8) * geometry.cluster_size_bytes() / 8;
+        let mut bytes = Vec::new();
+        for from in (0..whole).step_by(PIECE_ENTRIES as usize) {
+            bytes.clear();
+            let entry = |index: u64| entries.get(index as usize).copied().unwrap_or(0);
+            (from..whole.min(from + PIECE_ENTRIES)).for_each(|index| bytes.extend(entry(index).to_be_bytes()));
+            tables.file.write_bytes(io, &bytes, place.plus(from * 8)).await?;
+        }
         self.flush(io).await?;
         self.switch_roots(io, |header| set_roots(header, size, place, count), NewL1::Rewritten(entries)).await?;
         reservation.keep();

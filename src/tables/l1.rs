@@ -10,6 +10,7 @@ use std::sync::{Mutex, OnceLock};
 use super::file::HostFile;
 use super::places::Places;
 use crate::error::{Error, Result};
+use crate::format::header::L1_ENTRIES_MAX;
 use crate::format::l2::OFFSET_MASK;
 use crate::format::{HostOffset, L1Index};
 use crate::storage::{Io, IoDst};
@@ -123,6 +124,7 @@ impl L1Table {
         }
         let (segment, start) = self.segment_of(index);
         let end = (self.first.len() as u64).max(1) << (segment + 1);
+        let end = end.min(L1_ENTRIES_MAX.max(index + 1)); // no table is longer
         let entries = self.more[segment].get_or_init(|| (start..end).map(|_| AtomicU64::new(0)).collect());
         &entries[(index - start) as usize]
     }
@@ -150,7 +152,12 @@ impl L1Table {
 
     /// All entries as they are now.
     pub fn entries(&self) -> Vec<u64> {
-        (0..self.count()).map(|index| self.get(L1Index(index))).collect()
+        self.entries_to(self.count())
+    }
+
+    /// The first `count` entries as they are now; 0 past the end of the table.
+    pub fn entries_to(&self, count: u64) -> Vec<u64> {
+        (0..count).map(|index| self.get(L1Index(index))).collect()
     }
 
     /// Host offset of an entry, to name it in errors.

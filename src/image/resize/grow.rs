@@ -66,8 +66,7 @@ impl Alone<'_> {
         if wanted <= present {
             return self.switch_roots(io, |header| header.size_bytes = size, NewL1::Kept).await;
         }
-        let mut entries = self.tables().l1.entries();
-        entries.resize(wanted as usize, 0);
+        let entries = self.tables().l1.entries_to(wanted);
         self.switch_table(io, size, &entries).await
     }
 
@@ -146,8 +145,7 @@ impl Alone<'_> {
         let needed = geometry.l1_entries_for(end);
         if needed > self.tables().l1.count() {
             self.flush(io).await?;
-            let mut entries = self.tables().l1.entries();
-            entries.resize(needed as usize, 0);
+            let entries = self.tables().l1.entries_to(needed);
             self.switch_table(io, old, &entries).await?;
         }
         let mut at = GuestOffset(old - geometry.in_cluster(GuestOffset(old)));
