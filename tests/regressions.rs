@@ -243,6 +243,43 @@ fn corruption_in_a_snapshot_marks_the_image() {
     }
 }
 
+/// A compressed write panicked where the image was opened to be inspected only, which has no tables. Found by fuzzing C calls.
+#[test]
+fn an_image_that_is_only_inspected_refuses_everything_else() {
+    use qcow2::format::GuestOffset;
+    use qcow2::image::check::CheckOptions;
+    use qcow2::image::{WriteFlags, ZeroFlags};
+    use qcow2::storage::IoSrc;
+    let options = OpenOptions { inspect: true, ..OpenOptions::default() };
+    let open = || Image::open_storage(Arc::new(MemoryStorage::new(sample())), &options).unwrap();
+    let compressed = |image: &Image| {
+        let flags = WriteFlags { compressed: true, ..WriteFlags::default() };
+        image.write(&[IoSrc::from(&[7; 4096][..])], GuestOffset(0), flags)
+    };
+    let shrink = |image: &Image| image.resize(1 << 21, Default::default(), None);
+    let calls: [(&str, &dyn Fn(&Image) -> Result<(), Error>); 14] = [
+        ("read", &|image| image.pread(&mut [0; 512], 0)),
+        ("write", &|image| image.pwrite(&[1; 512], 0)),
+        ("compressed write", &compressed),
+        ("zeroes", &|image| image.write_zeroes(0, 4096, ZeroFlags::default())),
+        ("discard", &|image| image.discard(0, 4096)),
+        ("map", &|image| image.map(GuestOffset(0), 4096).map(drop)),
+        ("resize", &shrink),
+        ("check", &|image| image.check(&mut CheckOptions::default()).map(drop)),
+        ("snapshot", &|image| image.snapshot_create("one", &Default::default()).map(drop)),
+        ("apply", &|image| image.snapshot_apply("one")),
+        ("delete", &|image| image.snapshot_delete("one", None)),
+        ("bitmap", &|image| image.bitmap_add("one", Default::default())),
+        ("clear", &|image| image.bitmap_clear("one")),
+        ("extents", &|image| image.bitmap_extents("one", 0, 4096, 1).map(drop)),
+    ];
+    for (what, call) in calls {
+        assert_eq!(call(&open()), Err(Error::InspectOnly), "{what}");
+    }
+    open().flush().unwrap();
+    open().close().unwrap();
+}
+
 /// An L2 table in the refcount table: linking a new cluster overwrote refcount table entries.
 #[test]
 fn l2_entries_are_not_written_into_other_tables() {

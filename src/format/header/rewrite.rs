@@ -250,7 +250,7 @@ mod tests {
     fn the_header_of_another_image_is_not_rewritten() {
         let (ours, mut others) = (plain(3), plain(3));
         others.geometry.cluster_bits = 9;
-        others.geometry.refcount_order = 6;
+        others.l1_entries = 1 << 10;
         let e = with(&ours, BITMAPS, Some(&[1; 24])).rewrite(&cluster_of(&others)).unwrap_err();
         assert!(matches!(e, Error::Header { field: "cluster_bits", value: 9, .. }), "{e}");
         assert!(e.to_string().contains("somebody else"), "{e}");
