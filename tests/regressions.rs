@@ -202,6 +202,26 @@ fn what_is_wrong_whatever_the_counts_are_is_told_without_a_refcount_block() {
     assert_eq!(checked(&storage, Repair::Nothing).corruptions, repaired.corruptions);
 }
 
+/// An overlap in a cluster that was counted too often was told, but not counted: an image with nothing else wrong had leaks
+/// only, and was sound. Found by fuzzing.
+#[test]
+fn an_overlap_counts_as_corruption_beside_a_leak() {
+    use qcow2::image::check::Repair;
+    let mut bytes = sample();
+    let l1 = word(&bytes, 40);
+    let l2 = word(&bytes, l1) & !(1 << 63);
+    // Guest cluster 1 lies in the L2 table itself; nothing says COPIED of it, and it has five references, not two.
+    bytes[l1 as usize] &= 0x7f;
+    bytes[l2 as usize + 8..][..8].copy_from_slice(&l2.to_be_bytes());
+    let block = word(&bytes, word(&bytes, 48));
+    bytes[(block + l2 / 4096 * 2 + 1) as usize] = 5;
+    let storage = Arc::new(MemoryStorage::new(bytes));
+    let before = checked(&storage, Repair::Nothing);
+    assert_eq!((before.corruptions, before.leaks, before.is_sound()), (1, 1, false), "{before:?}");
+    let repaired = checked(&storage, Repair::All);
+    assert!(repaired.corruptions <= 1 && repaired.leaks == 0, "{repaired:?}");
+}
+
 /// An L1 entry that a smaller disk has no room for was malformed: the disk shrank, an error followed, and that named host
 /// offset 0. Found by fuzzing operations.
 #[test]
@@ -241,6 +261,44 @@ fn corruption_in_a_snapshot_marks_the_image() {
         let (storage, image) = damaged(bytes.clone(), l2 + 8, 2);
         found(change(&image), CorruptionKind::L2EntryReservedBits, l2 + 8, &storage);
     }
+}
+
+/// A compressed write panicked where the image was opened to be inspected only, which has no tables. Found by fuzzing C calls.
+#[test]
+fn an_image_that_is_only_inspected_refuses_everything_else() {
+    use qcow2::format::GuestOffset;
+    use qcow2::image::check::CheckOptions;
+    use qcow2::image::{WriteFlags, ZeroFlags};
+    use qcow2::storage::IoSrc;
+    let options = OpenOptions { inspect: true, ..OpenOptions::default() };
+    let open = || Image::open_storage(Arc::new(MemoryStorage::new(sample())), &options).unwrap();
+    let compressed = |image: &Image| {
+        let flags = WriteFlags { compressed: true, ..WriteFlags::default() };
+        image.write(&[IoSrc::from(&[7; 4096][..])], GuestOffset(0), flags)
+    };
+    let shrink = |image: &Image| image.resize(1 << 21, Default::default(), None);
+    type Call<'a> = (&'a str, &'a dyn Fn(&Image) -> Result<(), Error>);
+    let calls: [Call<'_>; 14] = [
+        ("read", &|image| image.pread(&mut [0; 512], 0)),
+        ("write", &|image| image.pwrite(&[1; 512], 0)),
+        ("compressed write", &compressed),
+        ("zeroes", &|image| image.write_zeroes(0, 4096, ZeroFlags::default())),
+        ("discard", &|image| image.discard(0, 4096)),
+        ("map", &|image| image.map(GuestOffset(0), 4096).map(drop)),
+        ("resize", &shrink),
+        ("check", &|image| image.check(&mut CheckOptions::default()).map(drop)),
+        ("snapshot", &|image| image.snapshot_create("one", &Default::default()).map(drop)),
+        ("apply", &|image| image.snapshot_apply("one")),
+        ("delete", &|image| image.snapshot_delete("one", None)),
+        ("bitmap", &|image| image.bitmap_add("one", Default::default())),
+        ("clear", &|image| image.bitmap_clear("one")),
+        ("extents", &|image| image.bitmap_extents("one", 0, 4096, 1).map(drop)),
+    ];
+    for (what, call) in calls {
+        assert_eq!(call(&open()), Err(Error::InspectOnly), "{what}");
+    }
+    open().flush().unwrap();
+    open().close().unwrap();
 }
 
 /// An L2 table in the refcount table: linking a new cluster overwrote refcount table entries.

@@ -273,8 +273,8 @@ impl<I: Io> Checker<'_, '_, I> {
             let host_offset = cluster << self.geometry.cluster_bits;
             let (kind, what, value) = (FindingKind::Overlap, "metadata", stored);
             let finding = Finding { kind, what, host_offset, guest_offset: None, value, references, clusters: 1 };
-            // Where the count is wrong as well, that is the corruption that counts.
-            if stored == counter.references { self.find(finding) } else { self.tell(&finding) }
+            // Where the count is too low as well, that is the corruption that counts.
+            if stored >= counter.references { self.find(finding) } else { self.tell(&finding) }
         }
         if stored == references {
             return;

@@ -77,6 +77,7 @@ impl Image {
         let length = total_src(pieces);
         self.check_range(offset, length)?;
         if flags.compressed {
+            self.status.check_write()?; // there may be no tables to ask
             self.check_compressed(offset, length)?;
         }
         if !self.status.is_clear() {

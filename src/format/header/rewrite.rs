@@ -55,12 +55,18 @@ impl Used {
 impl Header {
     /// Plans the way from the header in `cluster` (the first cluster, or the whole file if that is shorter) to `self`.
     ///
-    /// `self` has the geometry and the header length of the old one. Where there is no room for a change that a crash
+    /// `self` has the geometry and the header length of the old one; otherwise this is refused, as somebody else has
+    /// written to the file. Where there is no room for a change that a crash
     /// cannot tear, the feature name table is given up, which nothing depends on; if that is not enough either, the
     /// change is refused.
     pub fn rewrite(&self, cluster: &[u8]) -> Result<Rewrite> {
         let old = Self::parse(cluster)?;
-        debug_assert_eq!((old.geometry, old.header_length), (self.geometry, self.header_length));
+        if (old.geometry, old.header_length) != (self.geometry, self.header_length) {
+            let expected =
+                "the header that the image was opened with; somebody else has written another one to the file";
+            let value = old.geometry.cluster_bits.into();
+            return Err(Error::Header { field: "cluster_bits", value, expected });
+        }
         let size = self.geometry.cluster_size_bytes() as usize;
         let mut before = cluster[..cluster.len().min(size)].to_vec();
         before.resize(size, 0);
@@ -236,6 +242,18 @@ mod tests {
         none.backing = None;
         let (_, found) = perform(&cluster, &with(&none, extension::BACKING_FORMAT, None)).unwrap();
         assert_eq!(found.extensions, [ext(0x9999, &long)]);
+    }
+
+    /// A storage in which somebody else had made another image meanwhile: in a debug build an assertion failed, and otherwise
+    /// the new header was planned over the other image. Found by fuzzing C calls.
+    #[test]
+    fn the_header_of_another_image_is_not_rewritten() {
+        let (ours, mut others) = (plain(3), plain(3));
+        others.geometry.cluster_bits = 9;
+        others.l1_entries = 1 << 10;
+        let e = with(&ours, BITMAPS, Some(&[1; 24])).rewrite(&cluster_of(&others)).unwrap_err();
+        assert!(matches!(e, Error::Header { field: "cluster_bits", value: 9, .. }), "{e}");
+        assert!(e.to_string().contains("somebody else"), "{e}");
     }
 
     #[test]
