@@ -8,7 +8,7 @@ use crate::error::{BitmapProblem, Error, Result};
 use crate::format::bitmap::{BitmapEntry, BitsAt, bits_for, parse_directory};
 use crate::format::extension::{self, BitmapsPointer};
 use crate::format::header::AUTOCLEAR_BITMAPS;
-use crate::format::{Geometry, Header, HostOffset};
+use crate::format::{Geometry, Header, HostOffset, words};
 use crate::storage::{Io, IoDst};
 use crate::tables::file::HostFile;
 
@@ -57,8 +57,7 @@ pub async fn load_table<I: Io>(
     }
     let mut bytes = vec![0; entry.table_bytes() as usize];
     file.read(io, &[IoDst::from(&mut bytes[..])], entry.table_offset).await?;
-    let words = bytes.chunks_exact(8).map(|word| word.iter().fold(0, |word, &byte| word << 8 | u64::from(byte)));
-    words
+    words(&bytes)
         .map(|word| match BitsAt::decode(word, geometry) {
             Some(BitsAt::Cluster(at)) if at.0 >= size => {
                 Err(damaged(entry, "its bitmap table points past the end of the file", word))

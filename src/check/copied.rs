@@ -9,6 +9,7 @@ use super::repair::QUIET;
 use super::tables::{TableList, TableUse};
 use crate::error::Result;
 use crate::format::l2::{COPIED, OFFSET_MASK};
+use crate::format::l2_table::entry_of;
 use crate::format::{HostOffset, L2Entry};
 use crate::storage::Io;
 
@@ -171,12 +172,6 @@ impl<I: Io> Checker<'_, '_, I> {
         };
         is_aligned && is_alone
     }
-}
-
-fn entry_of(stored: &[u8]) -> L2Entry {
-    let (words, _) = stored.as_chunks::<8>();
-    let word = |index: usize| words.get(index).map_or(0, |word| u64::from_be_bytes(*word));
-    L2Entry { descriptor: word(0), bitmap: word(1) }
 }
 
 fn bytes_of(entry: L2Entry) -> [u8; 16] {

@@ -3,7 +3,7 @@
 
 use super::geometry::Geometry;
 use super::l2::{COMPRESSED, COPIED, L2Entry, OFFSET_MASK};
-use super::units::HostCluster;
+use super::units::{HostCluster, words};
 use crate::error::CorruptionKind;
 
 /// The byte of a descriptor that holds its flags.
@@ -21,20 +21,17 @@ pub struct BadEntry {
     pub descriptor: u64,
 }
 
-fn word(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0, |word, &byte| word << 8 | u64::from(byte))
-}
-
-fn entry(bytes: &[u8], geometry: Geometry) -> L2Entry {
-    let bitmap = if geometry.extended_l2 { word(&bytes[8..16]) } else { 0 };
-    L2Entry { descriptor: word(&bytes[..8]), bitmap }
+/// The entry in these bytes: of one word or, extended, of two.
+pub fn entry_of(stored: &[u8]) -> L2Entry {
+    let mut words = words(stored);
+    L2Entry { descriptor: words.next().unwrap_or(0), bitmap: words.next().unwrap_or(0) }
 }
 
 /// The host clusters that the entries refer to, sorted, each as many times as it is referred to.
 pub fn references(table: &[u8], geometry: Geometry) -> Result<Vec<u64>, BadEntry> {
     let mut clusters = Vec::with_capacity(table.len() / geometry.l2_entry_bytes() as usize);
     for (index, bytes) in table.chunks_exact(geometry.l2_entry_bytes() as usize).enumerate() {
-        let entry = entry(bytes, geometry);
+        let entry = entry_of(bytes);
         if entry == L2Entry::default() {
             continue;
         }
@@ -62,7 +59,7 @@ pub fn clear_copied(table: &mut [u8], geometry: Geometry) -> bool {
 pub fn rebuild_copied(table: &mut [u8], geometry: Geometry, has_one_reference: impl Fn(HostCluster) -> bool) -> bool {
     let mut any = false;
     for entry in table.chunks_exact_mut(geometry.l2_entry_bytes() as usize) {
-        let descriptor = word(&entry[..8]);
+        let descriptor = entry_of(entry).descriptor;
         let offset = descriptor & OFFSET_MASK;
         if descriptor & COMPRESSED == 0 && offset != 0 {
             let single = has_one_reference(HostCluster(offset >> geometry.cluster_bits));

@@ -80,7 +80,9 @@ const _: () = {
 impl Field {
     /// Reads the field from its structure, which must be long enough.
     pub fn get(self, header: &[u8]) -> u64 {
-        header[self.offset..][..self.bytes].iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
+        let mut word = [0; 8];
+        word[8 - self.bytes..].copy_from_slice(&header[self.offset..][..self.bytes]);
+        u64::from_be_bytes(word)
     }
 
     /// Writes the field into its structure, which must be long enough. The value must fit.

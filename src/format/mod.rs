@@ -16,4 +16,4 @@ pub use geometry::Geometry;
 pub use header::{BackingName, Compression, Header};
 pub use l2::{ClusterState, Host, L2Entry};
 pub use snapshot::Snapshot;
-pub use units::{GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, SliceIndex};
+pub use units::{GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, SliceIndex, words};

@@ -61,3 +61,8 @@ impl HostCluster {
         Self(self.0 + n)
     }
 }
+
+/// The words of a table as they are stored: 64 bits each, big-endian. Spec, "General".
+pub fn words(table: &[u8]) -> impl ExactSizeIterator<Item = u64> {
+    table.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word))
+}

@@ -69,7 +69,7 @@ pub async fn check_with<I: Io>(
         (Locking::Shared, _) => Some(LockMode::SharingWriter),
         (Locking::Off, _) => None,
     };
-    let _held = HeldLock::take(&storage, mode, name, open)?;
+    let _held = HeldLock::take(&storage, mode, &name, open)?;
     let header = load_header_leniently(io, &*storage).await?;
     header.check_known()?;
     let size = storage.size().map_err(|e| Error::io(IoOp::Size, 0, &e))?;

@@ -1,5 +1,6 @@
 //! Opening: the image, then its backing files, each verified before the next is looked for. Nothing is written.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
@@ -82,7 +83,7 @@ impl Image {
             (Locking::Shared, false) => Some(LockMode::SharingWriter),
             (Locking::Off, _) => None,
         };
-        let mut held = HeldLock::take(&storage, mode, &path.display().to_string(), options)?;
+        let mut held = HeldLock::take(&storage, mode, &path.display(), options)?;
         let header = load_header(io, &*storage).await?;
         let mut bits = if read_only { READ_ONLY } else { UNTOUCHED };
         if options.inspect {
@@ -301,15 +302,15 @@ fn find_backing(
 fn lock_backing(storage: &dyn Storage, name: &str, options: &OpenOptions) -> Result<()> {
     match options.locking {
         Locking::Off => Ok(()),
-        Locking::On => take_lock(storage, LockMode::Reader, name, options),
-        Locking::Shared => take_lock(storage, LockMode::SharingReader, name, options),
+        Locking::On => take_lock(storage, LockMode::Reader, &name, options),
+        Locking::Shared => take_lock(storage, LockMode::SharingReader, &name, options),
     }
 }
 
-fn take_lock(storage: &dyn Storage, mode: LockMode, name: &str, options: &OpenOptions) -> Result<()> {
+fn take_lock(storage: &dyn Storage, mode: LockMode, name: &dyn Display, options: &OpenOptions) -> Result<()> {
     match storage.lock(mode) {
         Ok(true) => Ok(()),
-        Ok(false) => Err(Error::Locked { name: name.to_owned() }),
+        Ok(false) => Err(Error::Locked { name: name.to_string() }),
         Err(e) => {
             // File systems without locks exist, and their users had no protection before either.
             if let Some(log) = &options.log {
@@ -332,7 +333,7 @@ impl HeldLock {
     pub(super) fn take(
         storage: &Arc<dyn Storage>,
         mode: Option<LockMode>,
-        name: &str,
+        name: &dyn Display,
         options: &OpenOptions,
     ) -> Result<Self> {
         if let Some(mode) = mode {

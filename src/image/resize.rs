@@ -17,6 +17,7 @@ use super::progress::ProgressFn;
 use crate::alloc::Reservation;
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::header::DATA_FILE_BYTES_MAX;
+use crate::format::l2_table::entry_of;
 use crate::format::{ClusterState, GuestOffset, HostOffset, L1Index, L2Entry};
 use crate::storage::{Io, IoDst};
 use crate::tables::Tables;
@@ -43,11 +44,7 @@ struct StoredTable {
 impl StoredTable {
     /// Entry `index` of the table. Entries are one word long, or two.
     fn entry(&self, index: usize, entry_bytes: usize) -> L2Entry {
-        let words = &self.bytes[index * entry_bytes..(index + 1) * entry_bytes];
-        let word = |at: usize| {
-            words.get(at..at + 8).map_or(0, |bytes| bytes.iter().fold(0, |word, &byte| word << 8 | u64::from(byte)))
-        };
-        L2Entry { descriptor: word(0), bitmap: word(8) }
+        entry_of(&self.bytes[index * entry_bytes..(index + 1) * entry_bytes])
     }
 
     fn set(&mut self, index: usize, entry_bytes: usize, entry: L2Entry) {

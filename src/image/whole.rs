@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::Image;
 use crate::error::Result;
-use crate::format::{GuestOffset, Host, HostOffset, L1Index, L2Entry, SliceIndex};
+use crate::format::{GuestOffset, Host, HostOffset, L1Index, L2Entry, SliceIndex, words as stored_words};
 use crate::storage::{Io, IoDst};
 use crate::tables::Tables;
 use crate::wait::lock;
@@ -132,8 +132,8 @@ async fn read_table<I: Io>(io: &I, tables: &Tables, index: L1Index) -> Result<Ve
         let mut bytes = vec![0; ((run.end - run.start) * geometry.slice_bytes()) as usize];
         tables.file.read(io, &[IoDst::from(&mut bytes[..])], table.plus(run.start * geometry.slice_bytes())).await?;
         let place = &mut content[run.start as usize * words..run.end as usize * words];
-        for (word, bytes) in place.iter_mut().zip(bytes.chunks_exact(8)) {
-            *word = bytes.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
+        for (word, stored) in place.iter_mut().zip(stored_words(&bytes)) {
+            *word = stored;
         }
     }
     Ok(content)

@@ -20,6 +20,7 @@ pub struct FileStorage {
     file: File,
     is_locked: AtomicBool,
     direct: OnceLock<Direct>, // without the page cache
+    is_shared: bool,          // the caller may have the same description, and rely on its position
 }
 
 /// The locks are given back by name: a process that this one has just forked may hold the description a moment longer
@@ -35,12 +36,12 @@ impl FileStorage {
     /// it.
     pub fn new(file: File) -> Self {
         let direct = Direct::of(file.as_raw_fd()).map_or_else(OnceLock::new, OnceLock::from);
-        Self { file, is_locked: AtomicBool::new(false), direct }
+        Self { file, is_locked: AtomicBool::new(false), direct, is_shared: true }
     }
 
-    /// Takes over a file that was opened with the page cache.
+    /// Takes over a file that was opened with the page cache, and that nobody else has.
     pub fn cached(file: File) -> Self {
-        Self { file, is_locked: AtomicBool::new(false), direct: OnceLock::new() }
+        Self { file, is_locked: AtomicBool::new(false), direct: OnceLock::new(), is_shared: false }
     }
 
     /// The descriptor, for drivers that submit I/O themselves.
@@ -172,13 +173,15 @@ impl Storage for FileStorage {
     }
 
     fn size(&self) -> io::Result<u64> {
-        let meta = self.file.metadata()?;
-        if meta.file_type().is_block_device() {
-            // SAFETY: lseek on an own descriptor; the position is used by nobody (all I/O is positioned).
-            let end = unsafe { libc::lseek(self.fd(), 0, libc::SEEK_END) };
-            return if end < 0 { Err(io::Error::last_os_error()) } else { Ok(end as u64) };
+        if self.is_shared {
+            let meta = self.file.metadata()?;
+            if !meta.file_type().is_block_device() {
+                return Ok(meta.len());
+            }
         }
-        Ok(meta.len())
+        // SAFETY: lseek on an own descriptor; no memory is passed. We do all I/O at given positions.
+        let end = unsafe { libc::lseek(self.fd(), 0, libc::SEEK_END) };
+        if end < 0 { Err(io::Error::last_os_error()) } else { Ok(end as u64) }
     }
 
     fn truncate(&self, size: u64) -> io::Result<()> {

@@ -35,6 +35,9 @@ pub enum LockMode {
     SharingWriter,
 }
 
+/// From the first byte that anybody locks to the last, counted from [`USED`].
+const ALL: Bytes = (CONSISTENT_READ, NOT_SHARED + RESIZE + 1 - USED);
+
 impl LockMode {
     /// What it does, and what others may not do.
     fn uses(self) -> (&'static [Bytes], &'static [Bytes]) {
@@ -96,14 +99,8 @@ fn try_acquire(fd: RawFd, mode: LockMode) -> io::Result<bool> {
             Err(e) => return Err(e),
         }
     }
-    // Nearly always nobody holds anything there; two questions tell that, and only otherwise each byte is asked for.
-    let is_free = |base, bytes: &[Bytes]| match (bytes.first(), bytes.last()) {
-        (Some(first), Some(last)) => {
-            is_held_by_another(fd, base, (first.0, last.0 + last.1 - first.0)).map(|held| !held)
-        }
-        _ => Ok(true),
-    };
-    if is_free(NOT_SHARED, used)? && is_free(USED, not_shared)? {
+    // Nearly always nobody else holds anything at all, and one question tells; only otherwise each byte is asked for.
+    if !is_held_by_another(fd, USED, ALL)? {
         return Ok(true);
     }
     let contradicting = used.iter().map(|n| (NOT_SHARED, n)).chain(not_shared.iter().map(|n| (USED, n)));
@@ -117,10 +114,8 @@ fn try_acquire(fd: RawFd, mode: LockMode) -> io::Result<bool> {
 
 /// Gives back all locks of this description.
 pub fn release(fd: RawFd) {
-    for base in [USED, NOT_SHARED] {
-        // Nothing to be done if it fails: closing the descriptor gives them back as well.
-        let _ = set(fd, libc::F_UNLCK, base, (CONSISTENT_READ, 1 + RESIZE));
-    }
+    // Nothing to be done if it fails: closing the descriptor gives them back as well.
+    let _ = set(fd, libc::F_UNLCK, USED, ALL);
 }
 
 #[cfg(test)]

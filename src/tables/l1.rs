@@ -12,7 +12,7 @@ use super::places::Places;
 use crate::error::{Error, Result};
 use crate::format::header::L1_ENTRIES_MAX;
 use crate::format::l2::OFFSET_MASK;
-use crate::format::{HostOffset, L1Index};
+use crate::format::{HostOffset, L1Index, words};
 use crate::storage::{Io, IoDst};
 use crate::wait::lock;
 
@@ -21,10 +21,13 @@ const ENTRIES_PER_SECTOR: u64 = 512 / 8;
 /// Segments after the first: enough for any table from a first segment of one entry.
 const MORE_SEGMENTS: usize = 32;
 
+/// Entries that follow each other.
+type Segment = Box<[AtomicU64]>;
+
 /// The active L1 table. Reads take no lock; changes are made by the holder of the table's claim.
 pub struct L1Table {
-    first: Box<[AtomicU64]>,
-    more: [OnceLock<Box<[AtomicU64]>>; MORE_SEGMENTS],
+    first: Segment,
+    more: OnceLock<Box<[OnceLock<Segment>; MORE_SEGMENTS]>>, // which few tables need
     count: AtomicU64,
     offset: AtomicU64,
     dirty: Mutex<Dirty>,
@@ -55,15 +58,14 @@ impl L1Table {
             let expected = "an L1 table that lies inside the file";
             return Err(Error::Header { field: "l1_table_offset", value: offset.0, expected });
         }
-        let words = bytes.chunks_exact(8).map(super::word);
-        Ok(Self::new(words.collect(), offset))
+        Ok(Self::new(words(&bytes).map(AtomicU64::new).collect(), offset))
     }
 
-    fn new(entries: Vec<u64>, offset: HostOffset) -> Self {
+    fn new(entries: Segment, offset: HostOffset) -> Self {
         Self {
             count: AtomicU64::new(entries.len() as u64),
-            first: entries.into_iter().map(AtomicU64::new).collect(),
-            more: [const { OnceLock::new() }; MORE_SEGMENTS],
+            first: entries,
+            more: OnceLock::new(),
             offset: AtomicU64::new(offset.0),
             dirty: Mutex::default(),
             places: None,
@@ -108,7 +110,7 @@ impl L1Table {
     #[cold]
     fn entry_in_more(&self, index: u64) -> Option<&AtomicU64> {
         let (segment, start) = self.segment_of(index);
-        self.more.get(segment)?.get()?.get((index - start) as usize)
+        self.more.get()?.get(segment)?.get()?.get((index - start) as usize)
     }
 
     /// Number and first entry of the segment that holds entry `index`, which is past the first.
@@ -125,7 +127,8 @@ impl L1Table {
         let (segment, start) = self.segment_of(index);
         let end = (self.first.len() as u64).max(1) << (segment + 1);
         let end = end.min(L1_ENTRIES_MAX.max(index + 1)); // no table is longer
-        let entries = self.more[segment].get_or_init(|| (start..end).map(|_| AtomicU64::new(0)).collect());
+        let more = self.more.get_or_init(|| Box::new([const { OnceLock::new() }; MORE_SEGMENTS]));
+        let entries = more[segment].get_or_init(|| (start..end).map(|_| AtomicU64::new(0)).collect());
         &entries[(index - start) as usize]
     }
 
@@ -221,7 +224,7 @@ mod tests {
     #[test]
     fn tables_of_all_lengths_can_follow_each_other() {
         for first in [0u64, 1, 2, 3, 64, 100] {
-            let table = L1Table::new((0..first).collect(), HostOffset(512));
+            let table = L1Table::new((0..first).map(AtomicU64::new).collect(), HostOffset(512));
             for (round, count) in [0, 1, 2, 5, 3, 64, 1000, 65, 4097, 0, 7].into_iter().enumerate() {
                 let entry = |index: u64| (index + 1) * 1000 + round as u64;
                 let entries: Vec<u64> = (0..count).map(entry).collect();

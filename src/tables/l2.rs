@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fe
 use std::sync::{Mutex, OnceLock};
 
 use crate::format::l2::{COMPRESSED, COPIED};
-use crate::format::{Geometry, L2Entry, SliceIndex};
+use crate::format::{Geometry, L2Entry, SliceIndex, words as stored_words};
 use crate::wait::lock;
 
 /// Slots of a set.
@@ -30,7 +30,7 @@ struct Inner {
     hands: Box<[u8]>,     // where the clock of each set stands
 }
 
-/// The cache. Its memory is reserved at once and only touched as it fills.
+/// One cache. Its memory is reserved at once and only touched as it fills.
 pub struct L2Cache {
     geometry: Geometry,
     holds_disk: AtomicBool, // there is a slot for every slice that the disk has
@@ -116,21 +116,30 @@ fn useful_slots(geometry: Geometry, disk_bytes: u64) -> u64 {
     disk_bytes.div_ceil(geometry.slice_covers_bytes()).max(4).next_power_of_two()
 }
 
-/// The cache of an image whose disk can become larger: a cache for the disk as it was at open, and one of the whole
-/// budget that takes its place once the disk has outgrown the first. Both are there to the end, so that readers need
-/// no lock to know which one counts; together they take less than twice the budget, as a rule much less.
+/// The cache of an image: made for the disk as it is when the first slice comes, so that opening an image costs no
+/// memory that nobody reads from; and one of the whole budget that takes its place once the disk has outgrown the first.
+/// All of them are there to the end, so that readers need no lock to know which one counts; together they take less
+/// than twice the budget, as a rule much less.
 pub struct L2Slices {
-    at_open: L2Cache,
+    none: L2Cache, // which nothing is ever in
+    first: OnceLock<L2Cache>,
     grown: OnceLock<Box<L2Cache>>,
     has_grown: AtomicBool,
+    disk_bytes: AtomicU64, // what the first is to be made for
     budget_bytes: u64,
 }
 
 impl L2Slices {
     /// See [`L2Cache::new`].
     pub fn new(geometry: Geometry, budget_bytes: u64, disk_bytes: u64) -> Self {
-        let at_open = L2Cache::new(geometry, budget_bytes, disk_bytes);
-        Self { at_open, grown: OnceLock::new(), has_grown: AtomicBool::new(false), budget_bytes }
+        Self {
+            none: L2Cache::without_slots(geometry),
+            first: OnceLock::new(),
+            grown: OnceLock::new(),
+            has_grown: AtomicBool::new(false),
+            disk_bytes: AtomicU64::new(disk_bytes),
+            budget_bytes,
+        }
     }
 
     /// Most bytes of slices that the cache may hold.
@@ -138,8 +147,22 @@ impl L2Slices {
         self.budget_bytes
     }
 
-    /// Follows the disk to another size. Only for who holds the image alone, with no slice dirty.
+    /// See [`L2Cache::install`].
+    #[must_use]
+    pub fn install(&self, slice: SliceIndex, bytes: &[u8]) -> bool {
+        if !self.has_grown.load(Ordering::Acquire) {
+            let disk_bytes = self.disk_bytes.load(Ordering::Relaxed);
+            self.first.get_or_init(|| L2Cache::new(self.geometry, self.budget_bytes, disk_bytes));
+        }
+        (**self).install(slice, bytes)
+    }
+
+    /// Follows the disk to another size. Only for who holds the image alone, with no slice dirty and none being loaded.
     pub fn fit(&self, disk_bytes: u64) {
+        if self.first.get().is_none() {
+            self.disk_bytes.store(disk_bytes, Ordering::Relaxed);
+            return;
+        }
         let geometry = self.geometry;
         let useful = useful_slots(geometry, disk_bytes);
         if useful > self.slots() as u64 && !self.has_grown.load(Ordering::Relaxed) {
@@ -156,9 +179,10 @@ impl Deref for L2Slices {
 
     #[inline]
     fn deref(&self) -> &L2Cache {
+        let first = self.first.get().unwrap_or(&self.none);
         match self.has_grown.load(Ordering::Acquire) {
-            false => &self.at_open,
-            true => self.grown.get().map_or(&self.at_open, |grown| grown),
+            false => first,
+            true => self.grown.get().map_or(first, |grown| grown),
         }
     }
 }
@@ -188,6 +212,27 @@ impl L2Cache {
                 dirty: Vec::new(),
                 waits_for_data: false,
                 hands: vec![0; sets].into_boxed_slice(),
+            }),
+        }
+    }
+
+    /// A cache that nothing can be put into. It has one slot, which stays empty, so that looking into it is no special case.
+    fn without_slots(geometry: Geometry) -> Self {
+        Self {
+            geometry,
+            holds_disk: AtomicBool::new(true),
+            ways: 1,
+            set_bits: 0,
+            words_per_slice: (geometry.slice_bytes() / 8) as usize,
+            keys: zeroed_words(1),
+            sequence: Box::default(),
+            recent: Box::default(),
+            words: Box::default(),
+            inner: Mutex::new(Inner {
+                flags: Box::default(),
+                dirty: Vec::new(),
+                waits_for_data: false,
+                hands: Box::default(),
             }),
         }
     }
@@ -288,8 +333,8 @@ impl L2Cache {
         let Some(slot) = self.victim(&mut inner, slice) else { return false };
         self.change(slot, |words| {
             self.keys[slot].store(slice.0 + 1, Ordering::Relaxed);
-            for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)) {
-                word.store(super::word(bytes), Ordering::Relaxed);
+            for (word, stored) in words.iter().zip(stored_words(bytes)) {
+                word.store(stored, Ordering::Relaxed);
             }
         });
         self.recent[slot].store(1, Ordering::Relaxed);
@@ -498,8 +543,9 @@ mod tests {
     fn a_disk_that_grows_gets_the_whole_budget() {
         let covers = G.slice_covers_bytes();
         let cache = L2Slices::new(G, 64 * 4096, 4 * covers);
-        assert_eq!(cache.slots(), 4);
+        assert!(cache.look(SliceIndex(1), |_| ()).is_none() && !cache.update(SliceIndex(1), &[(0, entry(1))], false));
         assert!(cache.install(SliceIndex(1), &[1; 4096]));
+        assert_eq!(cache.slots(), 4);
         cache.fit(3 * covers);
         assert!(cache.look(SliceIndex(1), |_| ()).is_some(), "it still fits");
         cache.fit(5 * covers);
@@ -511,6 +557,22 @@ mod tests {
         assert!(!cache.wants_write_back());
         cache.fit(65 * covers);
         assert_eq!((cache.slots(), cache.wants_write_back()), (64, true));
+    }
+
+    #[test]
+    fn a_cache_is_made_for_the_disk_that_there_is_when_the_first_slice_comes() {
+        let covers = G.slice_covers_bytes();
+        let cache = L2Slices::new(G, 64 * 4096, 4 * covers);
+        cache.fit(8 * covers);
+        for slices in [0..1, 0..8] {
+            cache.forget(SliceIndex(slices.start)..SliceIndex(slices.end));
+            cache.give_up(SliceIndex(slices.start)..SliceIndex(slices.end));
+        }
+        cache.forget_all();
+        cache.clear_copied();
+        assert!(cache.collect_dirty().is_empty() && !cache.wants_write_back());
+        assert!(cache.install(SliceIndex(7), &[0; 4096]));
+        assert_eq!((cache.slots(), cache.look(SliceIndex(7), |_| ())), (8, Some(())));
     }
 
     #[test]

@@ -33,11 +33,6 @@ use overlap::Overlap;
 use refcounts::Refcounts;
 use refcounts::ahead::Extend;
 
-/// A big-endian word of a table; `bytes` are eight.
-fn word(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0, |word, &byte| word << 8 | u64::from(byte))
-}
-
 /// Result of a lookup that does no I/O.
 pub enum Found<T> {
     /// What was asked for.

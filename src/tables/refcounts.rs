@@ -16,7 +16,7 @@ use super::l1::{DirtyL1, L1Table};
 use super::l2::DirtySlices;
 use super::places::Places;
 use crate::error::{Corruption, CorruptionKind, Error, Result};
-use crate::format::{Geometry, Header, HostCluster, HostOffset, refcount};
+use crate::format::{Geometry, Header, HostCluster, HostOffset, refcount, words};
 use crate::storage::{Io, IoDst};
 use crate::wait::{Claims, lock};
 
@@ -596,7 +596,7 @@ impl Refcounts {
         // Its place was checked; what the file lacks of its last cluster reads as zeroes.
         file.read(io, &[IoDst::from(&mut bytes[..])], offset).await?;
         self.with(|s| {
-            s.table = bytes.chunks_exact(8).map(super::word).collect();
+            s.table = words(&bytes).collect();
             s.loaded = true;
             if let Some(places) = &mut s.places {
                 places.refill(s.table.iter().copied());

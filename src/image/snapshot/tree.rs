@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use crate::alloc::{Allocator, bulk};
 use crate::error::{Corruption, CorruptionKind, Error, Result};
 use crate::format::l2::{COPIED, decode_l1};
-use crate::format::{HostCluster, HostOffset, L1Index, SliceIndex, l2_table};
+use crate::format::{HostCluster, HostOffset, L1Index, SliceIndex, l2_table, words};
 use crate::image::progress::Progress;
 use crate::storage::{Io, IoDst};
 use crate::tables::Tables;
@@ -47,8 +47,7 @@ impl Tree {
         if !bytes.is_empty() {
             tables.file.read(io, &[IoDst::from(&mut bytes[..])], l1_at).await?;
         }
-        let word = |bytes: &[u8]| bytes.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
-        Ok(Self { l1: bytes.chunks_exact(8).map(word).collect(), l1_at })
+        Ok(Self { l1: words(&bytes).collect(), l1_at })
     }
 
     /// Its L1 entries as they have to be where the tree is shared: nothing is COPIED.
