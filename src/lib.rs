@@ -14,7 +14,7 @@
 //! ```
 //! Imports run one way: `capi -> queue -> image -> {alloc, check, codec} -> tables -> {plan, storage}`;
 //! `plan -> format`.
-//! `error` and `wait` are leaves. `docs/design.md` is the long form of this page.
+//! `error`, `few` and `wait` are leaves. `docs/design.md` is the long form of this page.
 
 pub mod alloc;
 pub mod bitmap;
@@ -23,6 +23,7 @@ pub mod capi;
 pub mod check;
 pub mod codec;
 pub mod error;
+pub mod few;
 pub mod format;
 pub mod image;
 pub mod plan;

@@ -14,9 +14,10 @@ pub mod tail;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::Result;
+use crate::few::Few;
 use crate::format::l2::CompressedExtent;
 use crate::format::{GuestCluster, Host, HostCluster, HostOffset};
 use crate::storage::Io;
@@ -27,8 +28,8 @@ use crate::wait::lock;
 
 use epoch::Epochs;
 
-/// Released runs that may wait before the caller should flush, to bound memory (M9).
-const RELEASED_MAX: usize = 1 << 16;
+/// Released runs, or places in a data file, that may wait before the caller should flush, to bound memory (M9).
+const WAITING_MAX: usize = 1 << 16;
 
 struct Released {
     clusters: Range<u64>,
@@ -52,6 +53,7 @@ pub struct Allocator {
     released: Mutex<VecDeque<Released>>,
     /// Guest clusters that have left their places in the external data file, and when they did so last.
     holes: Mutex<HashMap<GuestCluster, Hole>>,
+    wants_flush: AtomicBool, // one of the two has become long
     /// Guest clusters whose host cluster stayed when some of its data was dropped, and the epoch of `transfers` then.
     dropped: Mutex<HashMap<GuestCluster, u64>>,
     /// L2 tables that a tree has let go of, but could not be read for what they refer to: with the next flush. They keep
@@ -64,7 +66,7 @@ pub struct Allocator {
 /// Clusters that are counted but in no table yet. Dropping it gives back those that were not linked.
 pub struct Reservation<'a> {
     refcounts: &'a Refcounts,
-    runs: Vec<Range<u64>>,
+    runs: Few<Range<u64>>,
     is_fresh: bool,
     ahead: Ahead,
 }
@@ -72,7 +74,7 @@ pub struct Reservation<'a> {
 impl<'a> Reservation<'a> {
     /// Of no clusters.
     pub fn none(tables: &'a Tables) -> Self {
-        Self { refcounts: &tables.refcounts, runs: Vec::new(), is_fresh: false, ahead: Ahead::Counted }
+        Self { refcounts: &tables.refcounts, runs: Few::default(), is_fresh: false, ahead: Ahead::Counted }
     }
 
     /// The clusters, in order.
@@ -103,7 +105,7 @@ impl<'a> Reservation<'a> {
 
     /// The tables refer to the clusters now: nothing is given back.
     pub fn keep(mut self) {
-        self.runs.clear();
+        self.runs = Few::default();
     }
 }
 
@@ -114,7 +116,7 @@ impl Drop for Reservation<'_> {
             return;
         }
         self.refcounts.with(|state| {
-            for cluster in runs.into_iter().flatten() {
+            for cluster in runs.iter().cloned().flatten() {
                 if !matches!(state.lower(HostCluster(cluster)), Ok(Ok(()))) {
                     state.give_back.push(cluster..cluster + 1); // its block is not cached: later
                 }
@@ -147,14 +149,19 @@ impl Allocator {
     /// Reserves `count` clusters, contiguous where that can be.
     pub async fn reserve<'a, I: Io>(&self, io: &I, tables: &'a Tables, count: u64) -> Result<Reservation<'a>> {
         let mut reservation = Reservation::none(tables);
-        if tables.refcounts.with(|state| state.wants_end_of_file()) {
-            let end = tables.file.size_bytes()?.div_ceil(tables.geometry.cluster_size_bytes());
-            tables.refcounts.with(|state| state.note_end_of_file(end));
-        }
         (reservation.is_fresh, reservation.ahead) = (true, Ahead::Durable);
         let mut left = count;
         while left > 0 {
-            match tables.refcounts.with(|state| take_noting(state, left))? {
+            let taken = tables.refcounts.with(|state| match state.wants_end_of_file() {
+                true => Ok(None),
+                false => take_noting(state, left).map(Some),
+            })?;
+            let Some(taken) = taken else {
+                let end = tables.file.size_bytes()?.div_ceil(tables.geometry.cluster_size_bytes());
+                tables.refcounts.with(|state| state.note_end_of_file(end));
+                continue;
+            };
+            match taken {
                 Ok(taken) => {
                     left -= taken.run.end - taken.run.start;
                     reservation.is_fresh &= taken.is_fresh;
@@ -205,7 +212,7 @@ impl Allocator {
             })?;
             match taken {
                 Ok(run) if run.end - run.start == count => {
-                    let reservation = Reservation { runs: vec![run.clone()], ..Reservation::none(tables) };
+                    let reservation = Reservation { runs: Few::One([run.clone()]), ..Reservation::none(tables) };
                     tables.check_unused(run)?;
                     return Ok(reservation);
                 }
@@ -244,7 +251,16 @@ impl Allocator {
     /// already; `change` is the number of that change.
     pub fn release(&self, clusters: Range<u64>, change: u64) {
         let epoch = self.transfers.removed_at();
-        lock(&self.released).push_back(Released { clusters, change, epoch });
+        let mut released = lock(&self.released);
+        released.push_back(Released { clusters, change, epoch });
+        self.note_waiting(released.len());
+    }
+
+    /// Notes how much waits for a flush, after something was added to it.
+    fn note_waiting(&self, count: usize) {
+        if count >= WAITING_MAX {
+            self.wants_flush.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Notes guest clusters that keep their host cluster although their entries have just stopped showing some of the
@@ -263,20 +279,27 @@ impl Allocator {
     /// could land on what is filled in there now and show up again once that is linked; and an older read could see
     /// what is filled in before a newer one still sees zeroes. The caller holds the claim on the clusters.
     pub async fn transfers_done(&self, clusters: impl Iterator<Item = GuestCluster>) {
-        let latest = {
-            let dropped = lock(&self.dropped);
-            clusters.filter_map(|cluster| dropped.get(&cluster).copied()).max()
-        };
+        let latest = self.dropped_at(clusters);
         if let Some(epoch) = latest {
             self.transfers.passed(epoch).await;
         }
+    }
+
+    /// When something was dropped last in these clusters.
+    fn dropped_at(&self, clusters: impl Iterator<Item = GuestCluster>) -> Option<u64> {
+        let mut clusters = clusters.peekable();
+        clusters.peek()?; // nearly always, and then the lock is not needed
+        let dropped = lock(&self.dropped);
+        clusters.filter_map(|cluster| dropped.get(&cluster).copied()).max()
     }
 
     /// Notes guest clusters whose entries have just let go of their places in the external data file. `change` is the
     /// number of that change; it replaces what an earlier one has noted.
     pub fn note_holes(&self, clusters: impl Iterator<Item = GuestCluster>, change: u64) {
         let epoch = self.transfers.removed_at();
-        lock(&self.holes).extend(clusters.map(|cluster| (cluster, Hole { change, epoch })));
+        let mut holes = lock(&self.holes);
+        holes.extend(clusters.map(|cluster| (cluster, Hole { change, epoch })));
+        self.note_waiting(holes.len());
     }
 
     /// Whether nobody reaches the place any more, neither by an older request nor after a crash.
@@ -304,9 +327,10 @@ impl Allocator {
         is_safe
     }
 
-    /// Whether so much waits for a flush that one should be made.
-    pub fn wants_flush(&self) -> bool {
-        lock(&self.released).len() >= RELEASED_MAX || lock(&self.holes).len() >= RELEASED_MAX
+    /// Whether so much waits for a flush that one should be made. It is asked for once; what still waits after that flush,
+    /// because it is not safe yet, asks again with the next that is added to it.
+    pub fn takes_flush(&self) -> bool {
+        self.wants_flush.load(Ordering::Relaxed) && self.wants_flush.swap(false, Ordering::Relaxed)
     }
 }
 

@@ -68,16 +68,29 @@ impl Image {
     /// holds the image alone. Until the pin goes, size and L1 table stay what they are.
     #[inline]
     pub(super) async fn enter(&self) -> Option<Pin<'_>> {
+        match self.try_enter() {
+            Some(entered) => entered,
+            None => self.enter_later().await,
+        }
+    }
+
+    /// As [`Image::enter`], if nobody holds the image alone.
+    #[inline]
+    pub(super) fn try_enter(&self) -> Option<Option<Pin<'_>>> {
+        if self.status.any(READ_ONLY) {
+            return Some(None); // nothing ever changes
+        }
+        let pin = self.allocator.transfers.pin();
+        (!self.status.any(ALONE)).then_some(Some(pin))
+    }
+
+    #[cold]
+    async fn enter_later(&self) -> Option<Pin<'_>> {
         loop {
-            if self.status.any(READ_ONLY) {
-                return None; // nothing ever changes
-            }
-            let pin = self.allocator.transfers.pin();
-            if !self.status.any(ALONE) {
-                return Some(pin);
-            }
-            drop(pin);
             drop(self.enter_entry().await);
+            if let Some(entered) = self.try_enter() {
+                return entered;
+            }
         }
     }
 

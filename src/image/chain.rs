@@ -13,7 +13,7 @@ use crate::plan::read::{Run, Source};
 use crate::storage::pieces::{Piece, PieceCursor, zero_from};
 use crate::storage::{Io, IoDst};
 use crate::tables::file::HostFile;
-use crate::tables::{Found, Tables};
+use crate::tables::{Found, Place, Tables};
 
 /// One file of the chain. Shared by handles that read different states of the first one.
 #[derive(Clone)]
@@ -151,7 +151,7 @@ impl Chain {
         length_bytes: u64,
     ) -> Result<()> {
         if let Content::Qcow2 { tables, .. } = &self.layers[0].content
-            && let Some(host) = tables.mapped(offset, length_bytes, false)
+            && let Place::At(host) = tables.mapped(offset, length_bytes, false)
         {
             let got = tables.guest_file().read(io, pieces, host).await?;
             if (got as u64) < length_bytes {

@@ -242,6 +242,6 @@ impl Image {
             };
             changes.push(change(cluster_at, old, state, releases));
         }
-        self.link_changes(io, changes, reservation).await
+        self.link_changes(io, &changes, reservation).await
     }
 }

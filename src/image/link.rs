@@ -4,6 +4,7 @@
 use super::Image;
 use crate::alloc::Reservation;
 use crate::error::Result;
+use crate::few::Few;
 use crate::format::{ClusterState, GuestOffset, Host, L2Entry};
 use crate::storage::Io;
 use crate::tables::{Found, Tables};
@@ -42,7 +43,7 @@ impl Image {
     pub(super) async fn link_changes<I: Io>(
         &self,
         io: &I,
-        changes: Vec<Change>,
+        changes: &[Change],
         reservation: Reservation<'_>,
     ) -> Result<()> {
         let Some(first) = changes.first() else { return Ok(()) };
@@ -50,7 +51,7 @@ impl Image {
         let geometry = tables.geometry;
         let slice = geometry.slice_index(first.cluster_at);
         let encode = |c: &Change| (geometry.entry_in_slice(c.cluster_at), L2Entry::encode(c.state, geometry));
-        let entries: Vec<(usize, L2Entry)> = changes.iter().map(encode).collect();
+        let entries: Few<(usize, L2Entry)> = changes.iter().map(encode).collect();
         let early = changes.iter().all(|change| change.early);
         while !tables.l2.update(slice, &entries, early) {
             tables.load_slice(io, slice).await?; // it was evicted meanwhile

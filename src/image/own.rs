@@ -101,7 +101,7 @@ impl Image {
     /// After a request: batches of metadata leave before they fill the caches.
     pub(super) async fn maintain<I: Io>(&self, io: &I) -> Result<()> {
         let tables = self.active();
-        if self.allocator.wants_flush() {
+        if self.allocator.takes_flush() {
             return self.flush_with(io).await;
         }
         if tables.l2.wants_write_back() || tables.refcounts.wants_write_back() {

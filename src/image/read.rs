@@ -12,7 +12,10 @@ impl Image {
         self.status.check_read()?;
         let length = total_dst(pieces);
         let result = {
-            let _pin = self.enter().await;
+            let _pin = match self.try_enter() {
+                Some(entered) => entered,
+                None => self.enter().await,
+            };
             self.check_range(offset, length)?;
             if length == 0 {
                 return Ok(());

@@ -231,7 +231,7 @@ impl Alone<'_> {
     /// Keeps what waits to be freed, and what waits to be written, within bounds.
     async fn maintain<I: Io>(&self, io: &I) -> Result<()> {
         let tables = self.tables();
-        if self.allocator().wants_flush() {
+        if self.allocator().takes_flush() {
             return self.flush(io).await;
         }
         if tables.l2.wants_write_back() || tables.refcounts.wants_write_back() {

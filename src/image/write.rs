@@ -11,13 +11,14 @@ use super::link::{Change, look_up};
 use super::options::DetectZeroes;
 use crate::alloc::Reservation;
 use crate::error::{Error, Result};
+use crate::few::Few;
 use crate::format::{ClusterState, GuestOffset, Host, HostCluster, HostOffset};
 use crate::plan::read::Source;
 use crate::plan::write::{Target, WritePlan, plan_write};
 use crate::plan::{Span, split};
 use crate::storage::pieces::{PieceCursor, PieceList};
 use crate::storage::{Io, IoDst, IoSrc, total_src};
-use crate::tables::{Found, Tables};
+use crate::tables::{Found, Place, Tables};
 
 /// How a write is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -38,6 +39,11 @@ struct Step {
 }
 
 impl Step {
+    /// Where its first byte goes.
+    fn writes_at(&self, tables: &Tables) -> HostOffset {
+        tables.geometry.host_offset(self.host).plus(self.plan.io.start)
+    }
+
     /// Guest range of a part of the cluster.
     fn guest(&self, span: Span) -> (GuestOffset, u64) {
         (self.cluster_at.plus(span.start), span.len())
@@ -111,14 +117,27 @@ impl Image {
         length: u64,
     ) -> Result<bool> {
         let tables = self.active();
+        let mut has_place = false; // or may have one
         {
-            let _pin = self.enter().await;
+            let _pin = match self.try_enter() {
+                Some(entered) => entered,
+                None => self.enter().await,
+            };
             self.check_range(offset, length)?;
-            if let Some(host) = tables.mapped(offset, length, true) {
-                self.record(io, offset, length).await?;
-                tables.guest_file().write(io, pieces, host).await?;
-                return Ok(false);
+            match tables.mapped(offset, length, true) {
+                Place::At(host) => {
+                    self.record(io, offset, length).await?;
+                    tables.guest_file().write(io, pieces, host).await?;
+                    return Ok(false);
+                }
+                Place::Nowhere => {}
+                Place::Unknown => has_place = true,
             }
+        }
+        // A data file may need more than a place for the one cluster.
+        if !has_place && tables.external.is_none() {
+            self.write_allocating(io, pieces, offset, length).await?;
+            return Ok(true);
         }
         self.write_pieces(io, pieces, offset, length).await
     }
@@ -161,7 +180,10 @@ impl Image {
                 Found::Hit(None) => {
                     drop(pin);
                     let n = split(tables.geometry, at, left);
-                    self.write_allocating(io, cursor.take(n), at, n).await?;
+                    match n == length {
+                        true => self.write_allocating(io, pieces, at, n).await?,
+                        false => self.write_allocating(io, cursor.take(n).as_slice(), at, n).await?,
+                    }
                     allocated = true;
                     n
                 }
@@ -173,13 +195,7 @@ impl Image {
     }
 
     /// A piece inside one L2 slice of which at least the first byte is not simply overwritten.
-    async fn write_allocating<I: Io>(
-        &self,
-        io: &I,
-        payload: PieceList<IoSrc<'_>>,
-        at: GuestOffset,
-        length: u64,
-    ) -> Result<()> {
+    async fn write_allocating<I: Io>(&self, io: &I, payload: &[IoSrc<'_>], at: GuestOffset, length: u64) -> Result<()> {
         let _claim = self.claim_clusters(io, at, length).await?;
         self.write_claimed(io, payload, at, length).await
     }
@@ -189,7 +205,7 @@ impl Image {
     pub(super) async fn write_claimed<I: Io>(
         &self,
         io: &I,
-        payload: PieceList<IoSrc<'_>>,
+        payload: &[IoSrc<'_>],
         at: GuestOffset,
         length: u64,
     ) -> Result<()> {
@@ -208,7 +224,7 @@ impl Image {
         self.spare_zeroes(&mut steps, &reservation);
         let unlinked = Unlinked { tables, steps: &steps };
         let copies = self.fetch_copies(io, &steps).await?;
-        let written = self.write_steps(io, &steps, payload.as_slice(), &copies).await?;
+        let written = self.write_steps(io, &steps, payload, &copies).await?;
         self.link(io, &steps, reservation, written).await?;
         std::mem::forget(unlinked);
         self.counters.allocating_writes.fetch_add(1, Relaxed);
@@ -282,12 +298,18 @@ impl Image {
         copies: &[u8],
     ) -> Result<Written> {
         let tables = self.active();
+        if let [step] = steps
+            && copies.is_empty()
+        {
+            tables.guest_file().write(io, payload, step.writes_at(tables)).await?;
+            return Ok(Written(()));
+        }
         let mut payload = PieceCursor::new(payload);
         let mut copies = copies;
         let mut batch = PieceList::default();
         let (mut start, mut end) = (HostOffset(0), HostOffset(0));
         for step in steps {
-            let at = tables.geometry.host_offset(step.host).plus(step.plan.io.start);
+            let at = step.writes_at(tables);
             if at != end {
                 if start != end {
                     tables.guest_file().write(io, batch.as_slice(), start).await?;
@@ -316,15 +338,15 @@ impl Image {
             let released = if step.plan.releases_old { step.old.host } else { Host::None };
             Some(Change { cluster_at: step.cluster_at, state, released, drops_data: false, early: step.early })
         });
-        self.link_changes(io, changes.collect(), reservation).await
+        self.link_changes(io, &changes.collect::<Few<Change>>(), reservation).await
     }
 }
 
 /// Looks up and plans each cluster of a piece.
-async fn plan_steps<I: Io>(io: &I, tables: &Tables, at: GuestOffset, length: u64) -> Result<Vec<Step>> {
+async fn plan_steps<I: Io>(io: &I, tables: &Tables, at: GuestOffset, length: u64) -> Result<Few<Step>> {
     let geometry = tables.geometry;
     let (mut at, end) = (at, at.0 + length);
-    let mut steps = Vec::new();
+    let mut steps = Few::default();
     while at.0 < end {
         let old = look_up(io, tables, at).await?;
         let start = geometry.in_cluster(at);

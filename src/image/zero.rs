@@ -129,7 +129,7 @@ impl Image {
                 }
             }
         }
-        self.link_changes(io, changes, Reservation::none(tables)).await?;
+        self.link_changes(io, &changes, Reservation::none(tables)).await?;
         Ok(rest)
     }
 
@@ -235,7 +235,7 @@ impl Image {
                 changes.push(change(cluster_at, state, new, releases));
             }
         }
-        self.link_changes(io, changes, Reservation::none(tables)).await
+        self.link_changes(io, &changes, Reservation::none(tables)).await
     }
 
     /// Size of the disk that lies below; 0 where nothing does.

@@ -1,6 +1,6 @@
 //! The cache of L2 slices: bounded, read without locks, written back in batches.
 //!
-//! A slot holds one slice. Readers find it by its key in a set of [`WAYS`] slots and read its words under the slot's
+//! A slot holds one slice. Readers find it by its key in a set of at most [`WAYS`] slots and read its words under the slot's
 //! sequence number: odd while the slot changes, and a reader that saw it change reads again. Reads write nothing
 //! shared but the recency mark, and that only when it is not set, so readers on different threads do not slow each
 //! other down. Everything that changes a slot holds the lock of `inner`; no I/O happens under it.
@@ -30,6 +30,14 @@ struct Inner {
     hands: Box<[u8]>,     // where the clock of each set stands
 }
 
+/// What there is to know of a slice's place, without its words: together, so that a reader finds it in one line.
+#[derive(Default)]
+struct Slot {
+    key: AtomicU64, // slice index + 1; 0 is empty
+    sequence: AtomicU32,
+    recent: AtomicU8,
+}
+
 /// One cache. Its memory is reserved at once and only touched as it fills.
 pub struct L2Cache {
     geometry: Geometry,
@@ -37,9 +45,7 @@ pub struct L2Cache {
     ways: usize,
     set_bits: u32,
     words_per_slice: usize,
-    keys: Box<[AtomicU64]>, // slice index + 1; 0 is empty
-    sequence: Box<[AtomicU32]>,
-    recent: Box<[AtomicU8]>,
+    slots: Box<[Slot]>,
     words: Box<[AtomicU64]>,
     inner: Mutex<Inner>,
 }
@@ -203,9 +209,7 @@ impl L2Cache {
             ways,
             set_bits: sets.trailing_zeros(),
             words_per_slice,
-            keys: zeroed_words(slots),
-            sequence: (0..slots).map(|_| AtomicU32::new(0)).collect(),
-            recent: (0..slots).map(|_| AtomicU8::new(0)).collect(),
+            slots: (0..slots).map(|_| Slot::default()).collect(),
             words: zeroed_words(slots * words_per_slice),
             inner: Mutex::new(Inner {
                 flags: vec![0; slots].into_boxed_slice(),
@@ -224,9 +228,7 @@ impl L2Cache {
             ways: 1,
             set_bits: 0,
             words_per_slice: (geometry.slice_bytes() / 8) as usize,
-            keys: zeroed_words(1),
-            sequence: Box::default(),
-            recent: Box::default(),
+            slots: Box::new([Slot::default()]),
             words: Box::default(),
             inner: Mutex::new(Inner {
                 flags: Box::default(),
@@ -239,7 +241,7 @@ impl L2Cache {
 
     /// Number of slices that fit.
     pub fn slots(&self) -> usize {
-        self.keys.len()
+        self.slots.len()
     }
 
     fn set_of(&self, slice: SliceIndex) -> usize {
@@ -250,23 +252,24 @@ impl L2Cache {
         (mixed & ((1 << self.set_bits) - 1)) as usize
     }
 
-    /// Slots that may hold a slice, the likeliest first: each slice prefers a way of its set, so that slices which
+    /// The first slot of a slice's set, and the way of the set that it prefers: each slice has one, so that slices which
     /// share a set rarely have to be searched for.
     #[inline]
+    fn preferred(&self, slice: SliceIndex) -> (usize, usize) {
+        (self.set_of(slice) * self.ways, (slice.0 >> self.set_bits) as usize & (self.ways - 1))
+    }
+
+    /// Slots that may hold a slice, the likeliest first.
     fn candidates(&self, slice: SliceIndex) -> impl Iterator<Item = usize> {
-        let first = self.set_of(slice) * self.ways;
-        let (ways, preferred) = (self.ways, (slice.0 >> self.set_bits) as usize & (self.ways - 1));
-        (preferred..ways).chain(0..preferred).map(move |way| first + way)
+        let (first, preferred) = self.preferred(slice);
+        (preferred..self.ways).chain(0..preferred).map(move |way| first + way)
+    }
+
+    fn slot_of(&self, slice: SliceIndex) -> Option<usize> {
+        self.candidates(slice).find(|&slot| self.slots[slot].key.load(Ordering::Acquire) == slice.0 + 1)
     }
 
     #[inline]
-    fn slot_of(&self, slice: SliceIndex) -> Option<usize> {
-        let holds = |slot: usize| self.keys[slot].load(Ordering::Acquire) == slice.0 + 1;
-        let mut candidates = self.candidates(slice);
-        // The preferred one apart from the rest: it nearly always is the one.
-        candidates.next().filter(|&slot| holds(slot)).or_else(|| candidates.find(|&slot| holds(slot)))
-    }
-
     fn slot_words(&self, slot: usize) -> &[AtomicU64] {
         &self.words[slot * self.words_per_slice..(slot + 1) * self.words_per_slice]
     }
@@ -275,23 +278,41 @@ impl L2Cache {
     /// words that are changing; only its last run, on words that did not change, counts.
     #[inline]
     pub fn look<R>(&self, slice: SliceIndex, mut look: impl FnMut(&SliceView<'_>) -> R) -> Option<R> {
-        let slot = self.slot_of(slice)?;
-        let view = SliceView { words: self.slot_words(slot), extended: self.geometry.extended_l2 };
+        let (first, way) = self.preferred(slice);
+        // Nearly always it is there, and nobody changes it.
+        match self.look_into(first + way, slice, &mut look) {
+            Some(found) => Some(found),
+            None => self.search(slice, &mut look),
+        }
+    }
+
+    /// One attempt at one slot. `None`: the slice is not there, or the slot is changing.
+    #[inline]
+    fn look_into<R>(&self, slot: usize, slice: SliceIndex, look: impl FnOnce(&SliceView<'_>) -> R) -> Option<R> {
+        let place = &self.slots[slot];
+        let before = place.sequence.load(Ordering::Acquire);
+        if before & 1 != 0 || place.key.load(Ordering::Acquire) != slice.0 + 1 {
+            return None;
+        }
+        let result = look(&SliceView { words: self.slot_words(slot), extended: self.geometry.extended_l2 });
+        fence(Ordering::Acquire);
+        if place.sequence.load(Ordering::Relaxed) != before {
+            return None;
+        }
+        if place.recent.load(Ordering::Relaxed) == 0 {
+            place.recent.store(1, Ordering::Relaxed);
+        }
+        Some(result)
+    }
+
+    /// The rest of [`L2Cache::look`].
+    #[cold]
+    fn search<R>(&self, slice: SliceIndex, look: &mut impl FnMut(&SliceView<'_>) -> R) -> Option<R> {
         let mut spins = 0u32;
         loop {
-            let before = self.sequence[slot].load(Ordering::Acquire);
-            if before & 1 == 0 {
-                if self.keys[slot].load(Ordering::Acquire) != slice.0 + 1 {
-                    return None;
-                }
-                let result = look(&view);
-                fence(Ordering::Acquire);
-                if self.sequence[slot].load(Ordering::Relaxed) == before {
-                    if self.recent[slot].load(Ordering::Relaxed) == 0 {
-                        self.recent[slot].store(1, Ordering::Relaxed);
-                    }
-                    return Some(result);
-                }
+            let slot = self.slot_of(slice)?;
+            if let Some(found) = self.look_into(slot, slice, &mut *look) {
+                return Some(found);
             }
             spins += 1;
             if spins.is_multiple_of(SPINS) {
@@ -315,11 +336,11 @@ impl L2Cache {
 
     /// Changes a slot's words; the caller holds the lock of `inner`.
     fn change(&self, slot: usize, change: impl FnOnce(&[AtomicU64])) {
-        let before = self.sequence[slot].load(Ordering::Relaxed);
-        self.sequence[slot].store(before.wrapping_add(1), Ordering::Relaxed);
+        let before = self.slots[slot].sequence.load(Ordering::Relaxed);
+        self.slots[slot].sequence.store(before.wrapping_add(1), Ordering::Relaxed);
         fence(Ordering::Release);
         change(self.slot_words(slot));
-        self.sequence[slot].store(before.wrapping_add(2), Ordering::Release);
+        self.slots[slot].sequence.store(before.wrapping_add(2), Ordering::Release);
     }
 
     /// Puts a slice that was read from disk into the cache. `false`: every slot it could go to is dirty, and a
@@ -332,18 +353,18 @@ impl L2Cache {
         }
         let Some(slot) = self.victim(&mut inner, slice) else { return false };
         self.change(slot, |words| {
-            self.keys[slot].store(slice.0 + 1, Ordering::Relaxed);
+            self.slots[slot].key.store(slice.0 + 1, Ordering::Relaxed);
             for (word, stored) in words.iter().zip(stored_words(bytes)) {
                 word.store(stored, Ordering::Relaxed);
             }
         });
-        self.recent[slot].store(1, Ordering::Relaxed);
+        self.slots[slot].recent.store(1, Ordering::Relaxed);
         true
     }
 
     /// A slot for a slice that is empty or clean, least recently used by the clock's reckoning.
     fn victim(&self, inner: &mut Inner, slice: SliceIndex) -> Option<usize> {
-        if let Some(empty) = self.candidates(slice).find(|&slot| self.keys[slot].load(Ordering::Relaxed) == 0) {
+        if let Some(empty) = self.candidates(slice).find(|&slot| self.slots[slot].key.load(Ordering::Relaxed) == 0) {
             return Some(empty);
         }
         let set = self.set_of(slice);
@@ -352,7 +373,7 @@ impl L2Cache {
             let way = usize::from(inner.hands[set]);
             inner.hands[set] = ((way + 1) % self.ways) as u8;
             let slot = first + way;
-            if inner.flags[slot] == 0 && self.recent[slot].swap(0, Ordering::Relaxed) == 0 {
+            if inner.flags[slot] == 0 && self.slots[slot].recent.swap(0, Ordering::Relaxed) == 0 {
                 return Some(slot);
             }
         }
@@ -389,7 +410,7 @@ impl L2Cache {
         let inner = lock(&self.inner);
         for slot in (slices.start.0..slices.end.0).filter_map(|slice| self.slot_of(SliceIndex(slice))) {
             debug_assert_eq!(inner.flags[slot], 0, "a table that is not ours was changed");
-            self.change(slot, |_| self.keys[slot].store(0, Ordering::Relaxed));
+            self.change(slot, |_| self.slots[slot].key.store(0, Ordering::Relaxed));
         }
     }
 
@@ -401,16 +422,16 @@ impl L2Cache {
             debug_assert_eq!(inner.flags[slot] & WRITING, 0, "a pass would write into a table that is gone");
             inner.flags[slot] = 0;
             inner.dirty.retain(|&dirty| dirty as usize != slot);
-            self.change(slot, |_| self.keys[slot].store(0, Ordering::Relaxed));
+            self.change(slot, |_| self.slots[slot].key.store(0, Ordering::Relaxed));
         }
     }
 
     /// Drops everything from the cache. Nothing in it may be dirty.
     pub fn forget_all(&self) {
         let inner = lock(&self.inner);
-        for slot in (0..self.slots()).filter(|&slot| self.keys[slot].load(Ordering::Relaxed) != 0) {
+        for slot in (0..self.slots()).filter(|&slot| self.slots[slot].key.load(Ordering::Relaxed) != 0) {
             debug_assert_eq!(inner.flags[slot], 0, "a slice with changes is dropped");
-            self.change(slot, |_| self.keys[slot].store(0, Ordering::Relaxed));
+            self.change(slot, |_| self.slots[slot].key.store(0, Ordering::Relaxed));
         }
     }
 
@@ -419,7 +440,7 @@ impl L2Cache {
     pub fn clear_copied(&self) {
         let inner = lock(&self.inner);
         let step = if self.geometry.extended_l2 { 2 } else { 1 };
-        for slot in (0..self.slots()).filter(|&slot| self.keys[slot].load(Ordering::Relaxed) != 0) {
+        for slot in (0..self.slots()).filter(|&slot| self.slots[slot].key.load(Ordering::Relaxed) != 0) {
             debug_assert_eq!(inner.flags[slot], 0, "a slice with changes would differ from the disk");
             self.change(slot, |words| {
                 for word in words.iter().step_by(step) {
@@ -451,7 +472,7 @@ impl L2Cache {
         for slot in slots {
             let flags = &mut inner.flags[slot as usize];
             *flags = *flags & !DIRTY | WRITING;
-            slices.push((SliceIndex(self.keys[slot as usize].load(Ordering::Relaxed) - 1), slot));
+            slices.push((SliceIndex(self.slots[slot as usize].key.load(Ordering::Relaxed) - 1), slot));
         }
         slices.sort_unstable();
         let slice_bytes = self.words_per_slice * 8;

@@ -41,6 +41,16 @@ pub enum Found<T> {
     Miss(SliceIndex),
 }
 
+/// Where a range that lies inside one cluster is, as the mapped path sees it.
+pub enum Place {
+    /// All of it from this host offset on, as plain data.
+    At(HostOffset),
+    /// Nowhere in this file: nothing has ever been stored for the cluster, not even that it is zero.
+    Nowhere,
+    /// Not to be said without I/O or a closer look.
+    Unknown,
+}
+
 /// The tables of one open image file.
 pub struct Tables {
     /// Shape of the image.
@@ -146,21 +156,32 @@ impl Tables {
         self.size_bytes.store(header.size_bytes, Ordering::Release);
     }
 
-    /// The mapped path: host offset of a range that lies inside one cluster, is all plain data, and whose slice is
-    /// cached. With `in_place`, only if it may be overwritten there. `None` says nothing: ask [`Tables::run`].
+    /// The mapped path: where a range is that lies inside one cluster, if its slice is cached. With `in_place`, only
+    /// where it may be overwritten. Where this says [`Place::Unknown`], ask [`Tables::run`].
     #[inline]
-    pub fn mapped(&self, offset: GuestOffset, length: u64, in_place: bool) -> Option<HostOffset> {
+    pub fn mapped(&self, offset: GuestOffset, length: u64, in_place: bool) -> Place {
         let geometry = self.geometry;
         let start = geometry.in_cluster(offset);
         if length > geometry.cluster_size_bytes() - start {
-            return None;
+            return Place::Unknown;
         }
         let l1_entry = self.l1.get(geometry.l1_index(offset));
         if l1_entry == 0 || (in_place && l1_entry & COPIED == 0) {
-            return None;
+            return Place::Unknown;
         }
         let index = geometry.entry_in_slice(offset);
-        let entry = self.l2.look(geometry.slice_index(offset), |view| view.entry(index))?;
+        match self.l2.look(geometry.slice_index(offset), |view| view.entry(index)) {
+            None => Place::Unknown,
+            Some(entry) if entry == L2Entry::default() => Place::Nowhere,
+            Some(entry) => self.plain_place(entry, offset, length, in_place).map_or(Place::Unknown, Place::At),
+        }
+    }
+
+    /// Host offset of a range inside one cluster that has this entry, if all of it is plain data.
+    #[inline]
+    fn plain_place(&self, entry: L2Entry, offset: GuestOffset, length: u64, in_place: bool) -> Option<HostOffset> {
+        let geometry = self.geometry;
+        let start = geometry.in_cluster(offset);
         let (first, last) = (geometry.subcluster_of(start), geometry.subcluster_of(start + length - 1));
         let touched = subcluster_mask(first, last);
         if self.external.is_some() {

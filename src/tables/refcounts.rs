@@ -6,7 +6,7 @@
 
 pub mod ahead;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -67,7 +67,7 @@ pub struct RefcountState {
     dirty_sectors: BTreeSet<u64>,
     moved: bool,
     retired: Vec<Range<u64>>, // clusters of tables that were moved away from, until the header says so durably
-    blocks: HashMap<u64, Block>,
+    blocks: BTreeMap<u64, Block>,
     blocks_max: usize,
     clock: u64,
     fixed: Vec<Range<u64>>, // clusters of header, L1 and snapshot table
@@ -539,7 +539,7 @@ impl Refcounts {
             dirty_sectors: BTreeSet::new(),
             moved: false,
             retired: Vec::new(),
-            blocks: HashMap::new(),
+            blocks: BTreeMap::new(),
             blocks_max: blocks_max.max(BLOCKS_MIN),
             clock: 0,
             fixed: fixed_clusters(header, l1),
@@ -657,7 +657,6 @@ impl Refcounts {
                 block.dirty = 0..0;
                 block.writing = true;
             }
-            taken.blocks.sort_unstable_by_key(|b| b.0);
             taken.ahead = s.ahead_in_file();
             let sectors = std::mem::take(&mut s.dirty_sectors);
             if std::mem::take(&mut s.moved) {

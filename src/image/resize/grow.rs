@@ -94,7 +94,7 @@ impl Alone<'_> {
             if !self.cut_piece(io, at, n, end).await?.is_empty() {
                 self.image().own_l2_table(io, geometry.l1_index(at)).await?;
                 let changes = self.cut_piece(io, at, n, end).await?;
-                self.image().link_changes(io, changes, Reservation::none(tables)).await?;
+                self.image().link_changes(io, &changes, Reservation::none(tables)).await?;
             }
             at = at.plus(n);
         }
@@ -202,7 +202,7 @@ impl Alone<'_> {
         for from in (0..length).step_by(ZEROES.len()) {
             payload.push(IoSrc::from(&ZEROES[..(length - from).min(ZEROES.len() as u64) as usize]));
         }
-        self.image().write_claimed(io, payload, at, length).await
+        self.image().write_claimed(io, payload.as_slice(), at, length).await
     }
 
     /// Gives each cluster of a piece the entry that it begins its life on the larger disk with.
@@ -247,9 +247,9 @@ impl Alone<'_> {
             let state = ClusterState { host, alloc: cluster.new.alloc, zero: cluster.new.zero };
             Change { cluster_at: cluster.at, state, released: Host::None, drops_data: false, early: false }
         });
-        let changes = changes.collect();
+        let changes: Vec<Change> = changes.collect();
         drop(hosts);
-        self.image().link_changes(io, changes, reservation).await
+        self.image().link_changes(io, &changes, reservation).await
     }
 
     /// Makes the file as long as its new clusters need it, and gives them space.
