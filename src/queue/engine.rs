@@ -19,7 +19,7 @@ use crate::wait::{Help, lock};
 
 /// Most slots of a queue.
 pub const DEPTH_MAX: u32 = 4096;
-/// While a queue that is being dropped waits for claims of other queues, it polls these as often.
+/// An owner who waits for nothing but claims of others, or drops the queue, polls other queues as often.
 const HELP_INTERVAL: Duration = Duration::from_micros(200);
 
 /// What the engine and the pipeline in a slot hand each other.
@@ -198,6 +198,11 @@ impl Core {
                 // Who would sleep, for however long it takes, computes instead: one thread less to be woken.
                 self.io.submit();
                 self.io.help_compute();
+            } else if self.io.is_idle() {
+                // All that is under way waits for requests elsewhere: in queues, perhaps, whose owner is this thread too.
+                self.image.helpers().help();
+                let soon = Instant::now() + HELP_INTERVAL;
+                self.sleep(Some(deadline.map_or(soon, |at| at.min(soon))))?;
             } else {
                 self.sleep(deadline)?;
             }

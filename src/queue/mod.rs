@@ -10,7 +10,8 @@
 //! long, compressing and decompressing, is handed to threads that all queues of the process share, and that exist from
 //! the first such work until the last queue goes. So that a
 //! blocking call never waits for a queue whose owner is elsewhere (or is the caller itself), threads that have to wait
-//! for a claim poll the queues of the image meanwhile ([`crate::wait::Help`]).
+//! for a claim poll the queues of the image, and of what shares files with it, meanwhile ([`crate::wait::Help`]). So does an
+//! owner who waits for nothing but claims of others.
 
 mod bell;
 mod engine;
