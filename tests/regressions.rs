@@ -478,5 +478,12 @@ fn after_a_failed_flush_no_change_is_acknowledged_that_needs_no_write_either() {
         image.pread(&mut seen, 0).unwrap();
         assert!(seen.iter().all(|&byte| byte == 1), "reads go on, and nothing has changed");
         assert_eq!(image.close().map_err(|e| e.code()), Err(ErrorCode::Poisoned));
+        // The same where nothing had been written before.
+        let untouched = Image::open_storage(storage.clone(), &options).unwrap();
+        storage.fails.store(true, Ordering::SeqCst);
+        assert!(untouched.flush().is_err());
+        storage.fails.store(false, Ordering::SeqCst);
+        assert_eq!(untouched.pwrite(&[2; 512], 0).map_err(|e| e.code()), Err(ErrorCode::Poisoned));
+        assert_eq!(untouched.close().map_err(|e| e.code()), Err(ErrorCode::Poisoned));
     }
 }
