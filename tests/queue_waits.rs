@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use qcow2::format::GuestOffset;
-use qcow2::image::{CreateOptions, Image, OpenOptions, SnapshotFacts, WriteFlags, create_with};
-use qcow2::queue::{Queue, Request};
+use qcow2::image::{CreateOptions, Image, OpenOptions, SnapshotFacts, WriteFlags, ZeroFlags, create_with};
+use qcow2::queue::{Completion, Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
 use qcow2::wait::block_on;
@@ -180,5 +180,36 @@ fn a_queue_is_reaped_although_all_of_it_waits_for_another_queue_of_the_same_thre
                 });
             }
         }
+    }
+}
+
+/// Who was handed a completion and used the image then waited for ever for other requests of the queue: it could be polled
+/// by nobody until all completions had been handed out.
+#[test]
+fn a_completion_is_answered_with_a_call_on_the_image() {
+    for backend in BACKENDS {
+        ends(&format!("a call for a completion, {backend:?}"), || {
+            let (base, [image, ..]) = image_and_snapshots();
+            let buffers = [Buffer::of(&[7; PART]), Buffer::of(&[8; 65536])];
+            let mut queue = Queue::new(image.clone(), 8, backend).unwrap();
+            let write = |i: usize, at| {
+                let piece = buffers[i].src(0, buffers[i].bytes().len());
+                Request::Write(vec![piece], GuestOffset(at), WriteFlags::default())
+            };
+            base.is_held_back.store(true, Ordering::SeqCst);
+            push(&mut queue, write(0, 65536), 0); // has claimed its cluster, and waits for what lies around it
+            push(&mut queue, write(1, 3 * 65536), 1);
+            let answer = |completion: Completion| {
+                completion.result.unwrap();
+                assert_eq!(completion.user_data, 1);
+                base.is_held_back.store(false, Ordering::SeqCst);
+                image.write_zeroes(65536 + PART as u64, PART as u64, ZeroFlags::default()).unwrap();
+            };
+            assert_eq!(queue.reap(8, 1, None, answer).unwrap(), 1);
+            assert!(reap(&mut queue, 1)[0].1.is_ok());
+            let mut seen = [1; 3 * PART];
+            image.pread(&mut seen, 65536).unwrap();
+            assert!(seen.chunks(PART).zip([7, 0, 5]).all(|(part, value)| part.iter().all(|&byte| byte == value)));
+        });
     }
 }
