@@ -132,7 +132,7 @@ int qcow2_has_feature(const char *name);
 #define QCOW2_ERR_NEEDS_REPAIR 9
 /** A write to an image that was opened with "read_only", or any data call with "inspect". */
 #define QCOW2_ERR_READ_ONLY 10
-/** An earlier failure left the state of the file unknown: this handle writes nothing more. */
+/** An earlier failure left the state of the file unknown: this handle writes nothing more, and acknowledges no change. */
 #define QCOW2_ERR_POISONED 11
 /** The request reaches past the end of the image. */
 #define QCOW2_ERR_OUT_OF_RANGE 12
@@ -245,8 +245,9 @@ int qcow2_close(qcow2_image *image);
  *
  * image:  the handle
  *
- * Returns 0 or a negative errno. After a failed flush it is not known what is on disk: the handle takes no more
- * writes (QCOW2_ERR_POISONED), reads go on.
+ * Returns 0 or a negative errno. After a failed flush it is not known what is on disk: from then on every write, zeroing,
+ * discard, flush and change of the image fails (QCOW2_ERR_POISONED), whether it would have had to write or not, and
+ * reads go on.
  * Thread-safe: any number of threads may use the handle at once. Since 0.1.
  */
 int qcow2_flush(qcow2_image *image);
@@ -1490,7 +1491,8 @@ int qcow2_check_image(qcow2_image *image,
  * callback is called, and no thread works for a queue that runs on io_uring but those that compress and decompress: all
  * queues of the process share these, one for each processor, from the first such work until the last queue is freed. An
  * owner who waits in qcow2_queue_reap() without a time limit takes a share of that work. Requests go on while their
- * owner is in qcow2_queue_submit() or qcow2_queue_reap(), or any thread waits in a blocking call on the same image.
+ * owner is in qcow2_queue_submit() or qcow2_queue_reap(), and where any thread waits for them, in a blocking call or for
+ * another queue, on the same image or on a snapshot of it that was opened beside it.
  *
  * Requests of a queue have no order among each other: who wants one after the other reaps the first before submitting
  * the second. Two requests under way that overlap, and of which one writes, give each byte one of the two values.

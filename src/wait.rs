@@ -145,43 +145,62 @@ pub trait Help: Send + Sync {
     fn is_busy(&self) -> bool;
 }
 
-/// Those whom a thread that has to wait may help meanwhile: what it waits for may be theirs, and their owner elsewhere,
-/// or waiting itself, right here.
+/// Each leaves by being dropped.
 #[derive(Default)]
-pub struct Helpers {
+struct HelpList {
     any: AtomicBool,
     list: Mutex<Vec<Weak<dyn Help>>>,
 }
 
-impl Helpers {
-    /// How often a waiting thread looks after them.
-    const INTERVAL: Duration = Duration::from_micros(100);
-
-    /// Adds one; it leaves by being dropped.
-    pub fn add(&self, help: &Arc<dyn Help>) {
+impl HelpList {
+    fn add(&self, help: &Arc<dyn Help>) {
         let mut list = lock(&self.list);
         list.retain(|other| other.strong_count() > 0);
         list.push(Arc::downgrade(help));
         self.any.store(true, Ordering::SeqCst);
     }
 
-    fn all(&self) -> Vec<Arc<dyn Help>> {
+    fn get(&self) -> Vec<Arc<dyn Help>> {
         if !self.any.load(Ordering::SeqCst) {
             return Vec::new();
         }
         lock(&self.list).iter().filter_map(Weak::upgrade).collect()
     }
+}
 
-    /// Helps all of them once. `false`: there are none.
+/// Those whom a thread that has to wait may help meanwhile: what it waits for may be theirs, and their owner elsewhere,
+/// or waiting itself, right here. Each handle has its own; handles that share something help those of all of them.
+#[derive(Default)]
+pub struct Helpers {
+    own: HelpList,
+    all: Arc<HelpList>,
+}
+
+impl Helpers {
+    /// How often a waiting thread looks after them.
+    const INTERVAL: Duration = Duration::from_micros(100);
+
+    /// Those of another handle, which shares something with this one.
+    pub fn of_another(&self) -> Self {
+        Self { own: HelpList::default(), all: self.all.clone() }
+    }
+
+    /// Adds one, which leaves by being dropped.
+    pub fn add(&self, help: &Arc<dyn Help>) {
+        self.own.add(help);
+        self.all.add(help);
+    }
+
+    /// Helps all that there are once, those of other handles too. `false`: there are none.
     pub fn help(&self) -> bool {
-        let all = self.all();
+        let all = self.all.get();
         all.iter().for_each(|help| help.help());
         !all.is_empty()
     }
 
-    /// Helps until none of them has a request under way.
+    /// Helps until none of this handle has a request under way.
     pub fn drain(&self) {
-        while self.all().iter().any(|help| help.is_busy()) {
+        while self.own.get().iter().any(|help| help.is_busy()) {
             self.help();
             std::thread::park_timeout(Self::INTERVAL);
         }

@@ -2,6 +2,7 @@
 //! queues; writethrough makes each write durable; unsafe makes none.
 
 mod qemu;
+mod requests;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::Rng;
 use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
 use qcow2::wait::block_on;
+use requests::{BACKENDS, Buffer, ends, push, reap, reap_all};
 
 /// A folder on a file system that knows O_DIRECT, or a reason to skip.
 fn disk(name: &str) -> Option<PathBuf> {
@@ -122,6 +124,54 @@ fn writes_of_parts_of_a_block_do_not_undo_each_other() {
     }
     model[40 * 4096..200 * 4096].fill(7);
     finish(&image, &path, &model);
+}
+
+/// A write of a part of a block waited until all writes of whole blocks had ended, in a call that polls no queue: of those
+/// that the same thread had under way in a queue, for ever. Found by reading.
+#[test]
+fn a_write_of_a_part_of_a_block_does_not_wait_for_a_queue_that_waits_for_its_owner() {
+    let Some(path) = disk("helped") else { return };
+    for backend in BACKENDS {
+        ends(&format!("writes of parts, {backend:?}"), || {
+            let image = Arc::new(Image::open(&path, &with("direct")).unwrap());
+            image.pwrite(&[1; 1 << 20], 0).unwrap(); // all that follows is written in place
+            let [whole, part] = [Buffer::of(&[2; 65536]), Buffer::of(&[4; 100])];
+            let write = |buffer: &Buffer, length, at| {
+                Request::Write(vec![buffer.src(0, length)], GuestOffset(at), WriteFlags::default())
+            };
+            let mut queues = [(); 2].map(|()| Queue::new(image.clone(), 8, backend).unwrap());
+            for round in 0..20 {
+                let [one, two] = &mut queues;
+                (0..8).for_each(|i| push(one, write(&whole, 65536, i * 65536), i));
+                one.submit();
+                // In blocks that are being written, and in one that is not.
+                for at in [10, 65536 * 3 + 5000, 65536 * 12 + 7] {
+                    match round % 2 {
+                        0 => image.pwrite(&[3; 100], at).unwrap(),
+                        _ => {
+                            push(two, write(&part, 100, at), 0);
+                            assert!(reap(two, 1)[0].1.is_ok());
+                        }
+                    }
+                }
+                assert!(reap_all(one).iter().all(|(_, result)| result.is_ok()));
+                let mut seen = vec![0; 1 << 20];
+                image.pread(&mut seen, 0).unwrap();
+                let value = 3 + round % 2;
+                assert!(seen[65536 * 12 + 7..][..100].iter().all(|&byte| byte == value));
+                for at in [10, 65536 * 3 + 5000] {
+                    // Of two writes at once, each byte is of one or the other.
+                    assert!(seen[at..at + 100].iter().all(|&byte| byte == value || byte == 2));
+                    seen[at..at + 100].fill(2);
+                }
+                assert!(seen[..8 * 65536].iter().all(|&byte| byte == 2));
+                assert!(seen[8 * 65536..][..4 * 65536].iter().all(|&byte| byte == 1));
+            }
+            drop(queues);
+            image.close().unwrap();
+        });
+    }
+    let _ = std::fs::remove_file(&path);
 }
 
 /// A file whose length is no multiple of a block, under an overlay: its end is read all the same.

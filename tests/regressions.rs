@@ -1,13 +1,23 @@
 //! Bugs that were found once, each as small as it could be made.
 
+mod requests;
+
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use qcow2::error::{CorruptionKind, Error, Structure};
-use qcow2::image::{CreateOptions, Image, OpenOptions};
+use qcow2::error::{CorruptionKind, Error, ErrorCode, IoOp, Structure};
+use qcow2::format::GuestOffset;
+use qcow2::image::check::CheckOptions;
+use qcow2::image::{
+    BitmapOptions, CreateOptions, Image, OpenOptions, ResizeOptions, SnapshotFacts, WriteFlags, ZeroFlags,
+};
+use qcow2::queue::{Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
-use qcow2::storage::{Blocking, Storage};
+use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use requests::{BACKENDS, Buffer, push, reap_all};
 
 /// The search for a free cluster began anew each time it had to wait for a refcount block. With more full blocks
 /// than the cache holds, it evicted the first ones to load the next and never came to an end.
@@ -377,4 +387,103 @@ fn the_place_that_a_refcount_table_has_left_is_used_again() {
     assert_ne!(word(&after, 48), old_table, "the table was to move");
     let place = old_table as usize..old_table as usize + 512;
     assert_ne!(after[place.clone()], before[place], "the place was to be used again");
+}
+
+/// A file whose disk fails: what was written is there, and no flush succeeds.
+#[derive(Default)]
+struct Failing {
+    bytes: MemoryStorage,
+    fails: AtomicBool,
+}
+
+impl Storage for Failing {
+    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
+        self.bytes.read(pieces, offset)
+    }
+    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
+        self.bytes.write(pieces, offset)
+    }
+    fn flush(&self) -> io::Result<()> {
+        if self.fails.load(Ordering::SeqCst) { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.bytes.size()
+    }
+    fn truncate(&self, size: u64) -> io::Result<()> {
+        self.bytes.truncate(size)
+    }
+}
+
+/// After a failed flush a handle still acknowledged what needed no write of its own: zeroes where zeroes were, or
+/// entries that it has in memory and never stores. Found by sweeps of errors under queues.
+#[test]
+fn after_a_failed_flush_no_change_is_acknowledged_that_needs_no_write_either() {
+    for (detect_zeroes, discard) in [("off", "unmap"), ("on", "ignore")] {
+        let storage = Arc::new(Failing::default());
+        let size = 1 << 20;
+        let options = CreateOptions { extended_l2: true, ..CreateOptions::default() };
+        qcow2::wait::block_on(qcow2::image::create_with(&Blocking, &*storage, size, &options)).unwrap();
+        let mut options = OpenOptions::default();
+        options.set("detect_zeroes", detect_zeroes).unwrap();
+        options.set("discard", discard).unwrap();
+        let image = Arc::new(Image::open_storage(storage.clone(), &options).unwrap());
+        image.pwrite(&[1; 128 << 10], 0).unwrap();
+        storage.fails.store(true, Ordering::SeqCst);
+        assert!(matches!(image.flush().unwrap_err(), Error::Io { op: IoOp::Flush, .. }));
+        storage.fails.store(false, Ordering::SeqCst); // as the kernel has it: told once
+
+        let (zeroes, compressed) = (vec![0; 65536], WriteFlags { compressed: true, ..WriteFlags::default() });
+        let whole = || [IoSrc::from(&zeroes[..])];
+        let unmap = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+        let outcomes = [
+            ("data in place", image.pwrite(&[2; 512], 0)),
+            ("data elsewhere", image.pwrite(&[2; 512], 512 << 10)),
+            ("nothing", image.pwrite(&[], 0)),
+            ("zeroes as data", image.pwrite(&zeroes, 512 << 10)),
+            ("zeroes, compressed", image.write(&whole(), GuestOffset(512 << 10), compressed)),
+            ("zeroes over data", image.write_zeroes(0, 4096, ZeroFlags::default())),
+            ("zeroes over zeroes", image.write_zeroes(512 << 10, 65536, ZeroFlags::default())),
+            ("zeroes over all", image.write_zeroes(0, size, unmap)),
+            ("no zeroes", image.write_zeroes(0, 0, ZeroFlags::default())),
+            ("giving up data", image.discard(0, 65536)),
+            ("giving up nothing", image.discard(512 << 10, 65536)),
+            ("a flush", image.flush()),
+            ("the same size", image.resize(size, ResizeOptions::default(), None)),
+            ("a snapshot", image.snapshot_create("s", &SnapshotFacts::default()).map(drop)),
+            ("a bitmap", image.bitmap_add("b", BitmapOptions::default())),
+            ("a check", image.check(&mut CheckOptions::default()).map(drop)),
+        ];
+        for (what, outcome) in outcomes {
+            assert_eq!(
+                outcome.map_err(|e| e.code()),
+                Err(ErrorCode::Poisoned),
+                "{what}, detect_zeroes={detect_zeroes}"
+            );
+        }
+        for backend in BACKENDS {
+            let mut queue = Queue::new(image.clone(), 8, backend).unwrap();
+            let buffer = Buffer::new(4096);
+            let at = GuestOffset(512 << 10);
+            push(&mut queue, Request::WriteZeroes(at, 4096, ZeroFlags::default()), 0);
+            push(&mut queue, Request::Discard(at, 65536), 1);
+            push(&mut queue, Request::Write(vec![buffer.src(0, 4096)], at, WriteFlags::default()), 2);
+            push(&mut queue, Request::Flush, 3);
+            let ended = reap_all(&mut queue);
+            assert_eq!(ended.len(), 4);
+            for (request, outcome) in ended {
+                assert_eq!(outcome.map_err(|e| e.code()), Err(ErrorCode::Poisoned), "{request} on {backend:?}");
+            }
+        }
+        let mut seen = vec![0; 128 << 10];
+        image.pread(&mut seen, 0).unwrap();
+        assert!(seen.iter().all(|&byte| byte == 1), "reads go on, and nothing has changed");
+        assert_eq!(image.close().map_err(|e| e.code()), Err(ErrorCode::Poisoned));
+        // The same where nothing had been written before.
+        let untouched = Image::open_storage(storage.clone(), &options).unwrap();
+        storage.fails.store(true, Ordering::SeqCst);
+        assert!(untouched.flush().is_err());
+        storage.fails.store(false, Ordering::SeqCst);
+        assert_eq!(untouched.pwrite(&[2; 512], 0).map_err(|e| e.code()), Err(ErrorCode::Poisoned));
+        assert_eq!(untouched.close().map_err(|e| e.code()), Err(ErrorCode::Poisoned));
+    }
 }

@@ -4,6 +4,7 @@
 mod qemu;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use qcow2::error::{BitmapProblem, Error};
 use qcow2::image::{CreateOptions, Image, OpenOptions, Preallocation, ResizeOptions, ZeroFlags, create};
@@ -340,4 +341,45 @@ fn a_cancelled_resize_leaves_the_old_size_and_no_leak() {
         image.close().unwrap();
         qemu::check(&path, false);
     }
+}
+
+/// An L1 table that moves is written in pieces of 1 MiB: what lies behind the first arrives as well, and at its place.
+#[test]
+fn an_l1_table_of_several_pieces_moves_as_a_whole() {
+    use qcow2::storage::memory::MemoryStorage;
+    use qcow2::storage::{Blocking, IoSrc, Storage};
+    let storage = Arc::new(MemoryStorage::default());
+    // A table maps 32 KiB, so that a piece of the L1 table maps 4 GiB.
+    let options = CreateOptions { cluster_size_bytes: 512, ..CreateOptions::default() };
+    let (size, piece) = (9u64 << 30, 4u64 << 30);
+    qcow2::wait::block_on(qcow2::image::create_with(&Blocking, &*storage, size, &options)).unwrap();
+    // What lies past the end is no zeroes yet, wherever the table goes.
+    storage.write(&[IoSrc::from(&vec![0xff; 16 << 20][..])], storage.size().unwrap()).unwrap();
+    let places: Vec<u64> =
+        [0, 1, 2].iter().flat_map(|n| [n * piece, n * piece + (32 << 10), n * piece + (900 << 20)]).collect();
+    let check = |image: &Image, step: &str| {
+        for (&at, value) in places.iter().zip(1..) {
+            let mut seen = [0; 1024];
+            image.pread(&mut seen, at - at.min(512)).unwrap();
+            assert_eq!(seen[at.min(512) as usize..][..512], [value; 512], "{step}: at {at:#x}");
+        }
+    };
+    let open = || Image::open_storage(storage.clone(), &OpenOptions::default()).unwrap();
+    let image = open();
+    places.iter().zip(1..).for_each(|(&at, value)| image.pwrite(&[value; 512], at).unwrap());
+    check(&image, "as written");
+    for (size, step) in [(11 << 30, "longer"), (10 << 30, "shorter"), (13 << 30, "longer again")] {
+        image.resize(size, ResizeOptions { allow_shrink: true, ..ResizeOptions::default() }, None).unwrap();
+        check(&image, step);
+        let result = image.check(&mut Default::default()).unwrap();
+        assert!(result.is_sound() && result.leaks == 0, "{step}: {result:?}");
+        let mut end = [1; 512];
+        image.pread(&mut end, size - 512).unwrap();
+        assert_eq!(end, [0; 512], "{step}");
+        let reader = OpenOptions { read_only: true, ..OpenOptions::default() };
+        image.flush().unwrap();
+        check(&Image::open_storage(storage.clone(), &reader).unwrap(), step);
+    }
+    image.close().unwrap();
+    check(&open(), "opened again");
 }

@@ -20,7 +20,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
     ("codec", &["storage", "format", "error"]),
     ("tables", &["plan", "storage", "format", "error", "wait"]),
     ("plan", &["format"]),
-    ("storage", &[]),
+    ("storage", &["wait"]),
     ("format", &["error"]),
     ("error", &[]),
     ("few", &[]),

@@ -33,7 +33,7 @@ pub const QCOW2_ERR_CHAIN: i32 = 8;
 pub const QCOW2_ERR_NEEDS_REPAIR: i32 = 9;
 /// A write to an image that was opened with "read_only", or any data call with "inspect".
 pub const QCOW2_ERR_READ_ONLY: i32 = 10;
-/// An earlier failure left the state of the file unknown: this handle writes nothing more.
+/// An earlier failure left the state of the file unknown: this handle writes nothing more, and acknowledges no change.
 pub const QCOW2_ERR_POISONED: i32 = 11;
 /// The request reaches past the end of the image.
 pub const QCOW2_ERR_OUT_OF_RANGE: i32 = 12;

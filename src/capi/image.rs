@@ -165,8 +165,9 @@ pub unsafe extern "C" fn qcow2_close(image: *mut qcow2_image) -> c_int {
 ///
 /// image:  the handle
 ///
-/// Returns 0 or a negative errno. After a failed flush it is not known what is on disk: the handle takes no more
-/// writes (QCOW2_ERR_POISONED), reads go on.
+/// Returns 0 or a negative errno. After a failed flush it is not known what is on disk: from then on every write, zeroing,
+/// discard, flush and change of the image fails (QCOW2_ERR_POISONED), whether it would have had to write or not, and
+/// reads go on.
 /// Thread-safe: any number of threads may use the handle at once. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_flush(image: *mut qcow2_image) -> c_int {

@@ -5,7 +5,8 @@
 //! callback is called, and no thread works for a queue that runs on io_uring but those that compress and decompress: all
 //! queues of the process share these, one for each processor, from the first such work until the last queue is freed. An
 //! owner who waits in qcow2_queue_reap() without a time limit takes a share of that work. Requests go on while their
-//! owner is in qcow2_queue_submit() or qcow2_queue_reap(), or any thread waits in a blocking call on the same image.
+//! owner is in qcow2_queue_submit() or qcow2_queue_reap(), and where any thread waits for them, in a blocking call or for
+//! another queue, on the same image or on a snapshot of it that was opened beside it.
 //!
 //! Requests of a queue have no order among each other: who wants one after the other reaps the first before submitting
 //! the second. Two requests under way that overlap, and of which one writes, give each byte one of the two values.

@@ -14,6 +14,7 @@ use crate::storage::pieces::{Piece, PieceCursor, zero_from};
 use crate::storage::{Io, IoDst};
 use crate::tables::file::HostFile;
 use crate::tables::{Found, Place, Tables};
+use crate::wait::Helpers;
 
 /// One file of the chain. Shared by handles that read different states of the first one.
 #[derive(Clone)]
@@ -97,12 +98,21 @@ pub struct Chain {
     pub(super) clusters: ClusterCache,
     /// What compressing and decompressing needs.
     pub(super) scratches: Scratches,
+    /// Queues on this handle, and on all that share files with it: their requests load slices for each other.
+    pub(super) helpers: Helpers,
 }
 
 impl Chain {
     /// These files, nothing of which is cached yet; `cluster_bytes` is how much of them may be kept decompressed.
     pub fn new(layers: Vec<Layer>, cluster_bytes: u64) -> Self {
-        Self { layers, clusters: ClusterCache::new(cluster_bytes), scratches: Scratches::default() }
+        let (scratches, helpers) = (Scratches::default(), Helpers::default());
+        Self { layers, clusters: ClusterCache::new(cluster_bytes), scratches, helpers }
+    }
+
+    /// Another state of the image over the same backing files, which the two share.
+    pub fn beside(&self, first: Layer) -> Self {
+        let layers = std::iter::once(first).chain(self.layers[1..].iter().cloned()).collect();
+        Self { helpers: self.helpers.of_another(), ..Self::new(layers, self.clusters.budget_bytes()) }
     }
 
     /// The extent at `offset`, at most `max` long.

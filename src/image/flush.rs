@@ -96,8 +96,8 @@ impl Image {
 
     async fn finish<I: Io>(&self, io: &I, before: u32) -> Result<()> {
         let untouched = before & (UNTOUCHED | POISONED) == UNTOUCHED;
-        if before & (CLOSED | READ_ONLY) != 0 || untouched {
-            return Ok(()); // nothing was written through this handle
+        if before & (CLOSED | READ_ONLY) != 0 || untouched && !self.active().file.is_stopped() {
+            return Ok(()); // nothing was written through this handle, and nobody was told that it cannot be
         }
         self.forget_inactive(); // bitmaps are about to be stored
         if before & POISONED != 0 {

@@ -85,7 +85,6 @@ pub struct Image {
     header_claims: Claims,  // taken under all others
     entries: Claims,        // requests that take neither a pin nor a cluster claim, one number each; see alone
     next_entry: AtomicU64,
-    helpers: Helpers, // queues on this image
     status: Status,
     detect_zeroes: DetectZeroes,
     write_through: bool, // every write ends with a flush
@@ -189,7 +188,7 @@ impl Image {
     /// requests in queues run to their end first.
     /// Dropping an open image does the same and swallows the error.
     pub fn close(&self) -> Result<()> {
-        self.helpers.drain();
+        self.helpers().drain();
         self.block(self.close_with(&Blocking))
     }
 
@@ -223,15 +222,15 @@ impl Image {
         }
     }
 
-    /// The queues on this image.
+    /// The queues on this image, and on what it shares with other handles.
     pub(crate) fn helpers(&self) -> &Helpers {
-        &self.helpers
+        &self.chain.helpers
     }
 
     /// Drives a pipeline in the calling thread.
     #[inline]
     fn block<F: Future>(&self, future: F) -> F::Output {
-        block_on_helping(future, &[&self.helpers])
+        block_on_helping(future, &[self.helpers()])
     }
 
     /// The image's own tables; not its backing files'.

@@ -29,7 +29,7 @@ use crate::storage::{Identity, Io, Storage};
 use crate::tables::Tables;
 use crate::tables::external::ExternalData;
 use crate::tables::file::HostFile;
-use crate::wait::{Claims, Helpers};
+use crate::wait::Claims;
 
 /// A file of the chain that has been accepted, before its tables are read.
 enum Accepted {
@@ -154,7 +154,6 @@ impl Image {
             header_claims: Claims::default(),
             entries: Claims::default(),
             next_entry: AtomicU64::new(0),
-            helpers: Helpers::default(),
             status: Status::new(bits),
             detect_zeroes: DetectZeroes::default(),
             write_through: false,

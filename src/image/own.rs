@@ -18,11 +18,19 @@ use crate::wait::lock;
 const END_BYTES: u64 = 4096;
 
 impl Image {
+    /// Whether a change may begin with no further question. Asked before anything else: what comes to nothing but entries
+    /// in memory, or to nothing at all, is no more acknowledged after a failed flush than what reaches the file.
+    #[inline]
+    pub(super) fn may_change(&self) -> bool {
+        self.status.is_clear() && !self.active().file.is_stopped()
+    }
+
     /// Lets a write through, or says why not. The first write of a handle clears the autoclear bits that it does not
     /// know: they vouch for structures that nobody keeps up to date now (spec, "autoclear_features").
     #[cold]
     pub(super) async fn prepare_write<I: Io>(&self, io: &I) -> Result<()> {
         self.status.check_write()?;
+        self.active().file.check_writes()?;
         if self.status.any(UNLISTED) {
             self.list_inactive(io).await?;
         }

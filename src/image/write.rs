@@ -86,7 +86,7 @@ impl Image {
             self.status.check_write()?; // there may be no tables to ask
             self.check_compressed(offset, length)?;
         }
-        if !self.status.is_clear() {
+        if !self.may_change() {
             self.prepare_write(io).await?;
         }
         if length > 0 {

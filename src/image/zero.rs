@@ -41,7 +41,7 @@ impl Image {
         flags: ZeroFlags,
     ) -> Result<()> {
         self.check_range(offset, length)?;
-        if !self.status.is_clear() {
+        if !self.may_change() {
             self.prepare_write(io).await?;
         }
         let result = self.zero_range(io, offset, length, flags).await;
@@ -52,7 +52,7 @@ impl Image {
     /// Gives up what a range holds; it reads as zeroes afterwards wherever that could be done. See [`Image::discard`].
     pub async fn discard_with<I: Io>(&self, io: &I, offset: GuestOffset, length: u64) -> Result<()> {
         self.check_range(offset, length)?;
-        if !self.status.is_clear() {
+        if !self.may_change() {
             self.prepare_write(io).await?;
         }
         if !self.unmap {

@@ -19,7 +19,7 @@ use crate::wait::{Help, lock};
 
 /// Most slots of a queue.
 pub const DEPTH_MAX: u32 = 4096;
-/// While a queue that is being dropped waits for claims of other queues, it polls these as often.
+/// An owner who waits for nothing but claims of others, or drops the queue, polls other queues as often.
 const HELP_INTERVAL: Duration = Duration::from_micros(200);
 
 /// What the engine and the pipeline in a slot hand each other.
@@ -48,7 +48,7 @@ struct Engine {
 
 /// A queue without its owner: the threads that help hold it too.
 pub struct Core {
-    image: Arc<Image>,
+    image: Mutex<Option<Arc<Image>>>, // until the queue is drained: those who help must not be the last to have it
     io: Arc<QueueIo>,
     bell: Arc<Bell>,
     engine: Mutex<Engine>,
@@ -87,7 +87,11 @@ impl Core {
             done: VecDeque::new(),
             woken: Vec::new(),
         };
-        Self { image, io: Arc::new(io), bell, engine: Mutex::new(engine) }
+        Self { image: Mutex::new(Some(image)), io: Arc::new(io), bell, engine: Mutex::new(engine) }
+    }
+
+    fn image(&self) -> Option<Arc<Image>> {
+        lock(&self.image).clone()
     }
 
     /// See [`super::Queue::backend`].
@@ -153,12 +157,16 @@ impl Core {
 
     fn poll(&self, engine: &mut Engine, slot: u32) {
         let Some(task) = engine.tasks.get_mut(slot as usize) else { return }; // the queue is gone
-        let pipeline = task
-            .pipeline
-            .get_or_insert_with(|| Box::pin(serve(self.image.clone(), self.io.clone(), task.slot.clone())));
+        let pipeline = match &mut task.pipeline {
+            Some(pipeline) => pipeline,
+            none => {
+                let Some(image) = self.image() else { return };
+                none.insert(Box::pin(serve(image, self.io.clone(), task.slot.clone())))
+            }
+        };
         let mut context = Context::from_waker(&task.waker);
         if catch_unwind(AssertUnwindSafe(|| pipeline.as_mut().poll(&mut context))).is_err() {
-            self.image.poison("a bug in the library: a request of a queue panicked");
+            self.image().inspect(|image| image.poison("a bug in the library: a request of a queue panicked"));
             task.pipeline = None;
             *lock(&task.slot.outcome) = Some(Err(Error::Poisoned { why: "a request of a queue panicked" }));
         }
@@ -168,36 +176,39 @@ impl Core {
         }
     }
 
-    /// See [`super::Queue::reap`].
+    /// Adds what has ended to `ended`, until there are `max`. See [`super::Queue::reap`].
     pub fn reap(
         &self,
         max: usize,
         min: usize,
         timeout: Option<Duration>,
-        mut take: impl FnMut(Completion),
-    ) -> Result<usize> {
+        ended: &mut VecDeque<Completion>,
+    ) -> Result<()> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut engine = lock(&self.engine);
         self.bell.owner.get().into_iter().for_each(EventFd::clear);
         self.start_pushed(&mut engine);
-        let mut taken = 0;
         loop {
-            while taken < max
+            while ended.len() < max
                 && let Some((slot, result)) = engine.done.pop_front()
             {
                 let user_data = engine.tasks[slot as usize].user_data;
                 engine.free.push(slot);
-                take(Completion { user_data, result });
-                taken += 1;
+                ended.push_back(Completion { user_data, result });
             }
             let is_over = deadline.is_some_and(|at| Instant::now() >= at);
-            if taken >= min.min(max) || engine.under_way == 0 || is_over {
+            if ended.len() >= min.min(max) || engine.under_way == 0 || is_over {
                 break;
             }
             if deadline.is_none() && self.io.has_to_compute() {
                 // Who would sleep, for however long it takes, computes instead: one thread less to be woken.
                 self.io.submit();
                 self.io.help_compute();
+            } else if self.io.is_idle() {
+                // All that is under way waits for requests elsewhere: in queues, perhaps, whose owner is this thread too.
+                self.image().inspect(|image| _ = image.helpers().help());
+                let soon = Instant::now() + HELP_INTERVAL;
+                self.sleep(Some(deadline.map_or(soon, |at| at.min(soon))))?;
             } else {
                 self.sleep(deadline)?;
             }
@@ -207,7 +218,7 @@ impl Core {
         if !engine.done.is_empty() {
             self.bell.tell_owner();
         }
-        Ok(taken)
+        Ok(())
     }
 
     fn sleep(&self, deadline: Option<Instant>) -> Result<()> {
@@ -261,6 +272,8 @@ impl Core {
             self.drive(&mut engine);
             if engine.under_way == 0 {
                 engine.tasks.clear(); // with their pipelines, which hold the image
+                drop(engine);
+                drop(lock(&self.image).take());
                 return;
             }
             let deadline = Instant::now() + HELP_INTERVAL;
@@ -268,7 +281,7 @@ impl Core {
                 std::thread::sleep(HELP_INTERVAL);
             }
             drop(engine);
-            self.image.helpers().help();
+            self.image().inspect(|image| _ = image.helpers().help());
         }
     }
 }

@@ -1,7 +1,9 @@
 //! How the pipelines of a queue reach their files: at once where that cannot block, through the ring, or by threads.
 
+use std::future::Future;
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
@@ -45,6 +47,7 @@ pub struct QueueIo {
     files: Mutex<Vec<Known>>,
     pool: Pool,
     processors: OnceLock<Arc<Pool>>, // once there is something to compute
+    elsewhere: AtomicUsize,          // transfers and computations under way; changed by who polls only
 }
 
 impl QueueIo {
@@ -55,7 +58,8 @@ impl QueueIo {
             Backend::IoUring => Some(Ring::new(depth)?),
             Backend::Auto => Ring::new(depth).ok(),
         };
-        Ok(Self { ring, files: Mutex::default(), pool: Pool::for_transfers(), processors: OnceLock::new() })
+        let (pool, processors) = (Pool::for_transfers(), OnceLock::new());
+        Ok(Self { ring, files: Mutex::default(), pool, processors, elsewhere: AtomicUsize::new(0) })
     }
 
     /// What performs transfers on files.
@@ -71,6 +75,19 @@ impl QueueIo {
     /// Wakes the pipelines whose transfers have ended.
     pub fn collect(&self) {
         self.ring.iter().for_each(Ring::collect);
+    }
+
+    /// Whether no transfer and no computation is under way: what pipelines wait for then is the business of others. For who
+    /// polls them.
+    pub fn is_idle(&self) -> bool {
+        self.elsewhere.load(Ordering::Relaxed) == 0
+    }
+
+    /// Waits for what the kernel or a thread is doing.
+    async fn done<F: Future>(&self, elsewhere: F) -> F::Output {
+        self.elsewhere.fetch_add(1, Ordering::Relaxed);
+        let _counted = Counted(&self.elsewhere);
+        elsewhere.await
     }
 
     /// Whether something waits for a processor.
@@ -174,18 +191,12 @@ fn write_at_once(fd: RawFd, pieces: &[IoSrc<'_>], offset: u64) -> Attempt {
     attempt(n, total_src(pieces))
 }
 
-/// A write to a descriptor that has begun.
-struct RawWrite<'a>(&'a dyn Storage);
+/// One that is under way elsewhere, as long as this lives.
+struct Counted<'a>(&'a AtomicUsize);
 
-impl<'a> RawWrite<'a> {
-    fn begin(on: &'a dyn Storage, pieces: &[IoSrc<'_>], offset: u64) -> Option<Self> {
-        on.begin_raw_write(pieces, offset).then(|| Self(on))
-    }
-}
-
-impl Drop for RawWrite<'_> {
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        self.0.end_raw_write();
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -193,7 +204,7 @@ impl Io for QueueIo {
     async fn read(&self, on: &dyn Storage, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
         let fits = pieces.len() <= PIECES_MAX && on.accepts_raw_read(pieces, offset);
         let Some((ring, known)) = self.file(on).filter(|_| fits) else {
-            return self.pool.start(Call::Read(on, pieces, offset)).await;
+            return self.done(self.pool.start(Call::Read(on, pieces, offset))).await;
         };
         match known.reads {
             AtOnce::Always => return on.read(pieces, offset),
@@ -204,7 +215,7 @@ impl Io for QueueIo {
             },
             AtOnce::Never => {}
         }
-        match ring.read(known.file, pieces, offset).await {
+        match self.done(ring.read(known.file, pieces, offset)).await {
             Ok(n) if n as u64 == total_dst(pieces) => Ok(n),
             // The end of the file, or interrupted: rare, and what is left is there or not.
             Ok(_) => on.read(pieces, offset),
@@ -214,16 +225,16 @@ impl Io for QueueIo {
     }
 
     async fn write(&self, on: &dyn Storage, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        let fits = pieces.len() <= PIECES_MAX;
-        let Some((ring, known, begun)) = self
-            .file(on)
-            .filter(|_| fits)
-            .and_then(|(ring, known)| Some((ring, known, RawWrite::begin(on, pieces, offset)?)))
-        else {
-            return self.pool.start(Call::Write(on, pieces, offset)).await.map(|_| ());
+        let _turn = match on.turns() {
+            Some(turns) => Some(turns.take(pieces, offset).await),
+            None => None,
+        };
+        let fits = |_: &_| pieces.len() <= PIECES_MAX && on.accepts_raw_write(pieces, offset);
+        let Some((ring, known)) = self.file(on).filter(fits) else {
+            return self.done(self.pool.start(Call::Write(on, pieces, offset))).await.map(|_| ());
         };
         match known.writes {
-            AtOnce::Always => return on.write(pieces, offset), // such a file has a page cache: nothing was begun
+            AtOnce::Always => return on.write_in_turn(pieces, offset),
             AtOnce::Try => match write_at_once(known.fd, pieces, offset) {
                 Attempt::Done(_) => return Ok(()),
                 Attempt::Blocks => {}
@@ -231,13 +242,11 @@ impl Io for QueueIo {
             },
             AtOnce::Never => {}
         }
-        let outcome = ring.write(known.file, pieces, offset).await;
-        drop(begun);
-        match outcome {
+        match self.done(ring.write(known.file, pieces, offset)).await {
             Ok(n) if n as u64 == total_src(pieces) => Ok(()),
             // No room, as a rule: the blocking call says so.
-            Ok(_) => on.write(pieces, offset),
-            Err(e) if is_to_be_repeated(&e) => on.write(pieces, offset),
+            Ok(_) => on.write_in_turn(pieces, offset),
+            Err(e) if is_to_be_repeated(&e) => on.write_in_turn(pieces, offset),
             Err(e) => Err(e),
         }
     }
@@ -245,16 +254,16 @@ impl Io for QueueIo {
     async fn flush(&self, on: &dyn Storage) -> io::Result<()> {
         match self.file(on) {
             Some((_, known)) if known.writes == AtOnce::Always => on.flush(),
-            Some((ring, known)) => ring.flush(known.file).await.map(|_| ()),
-            None => self.pool.start(Call::Flush(on)).await.map(|_| ()),
+            Some((ring, known)) => self.done(ring.flush(known.file)).await.map(|_| ()),
+            None => self.done(self.pool.start(Call::Flush(on))).await.map(|_| ()),
         }
     }
 
     async fn punch_hole(&self, on: &dyn Storage, offset: u64, length: u64) -> io::Result<()> {
         match self.file(on) {
             Some((_, known)) if known.writes == AtOnce::Always => on.punch_hole(offset, length),
-            Some((ring, known)) => ring.punch_hole(known.file, offset, length).await.map(|_| ()),
-            None => self.pool.start(Call::PunchHole(on, offset, length)).await.map(|_| ()),
+            Some((ring, known)) => self.done(ring.punch_hole(known.file, offset, length)).await.map(|_| ()),
+            None => self.done(self.pool.start(Call::PunchHole(on, offset, length))).await.map(|_| ()),
         }
     }
 
@@ -263,7 +272,7 @@ impl Io for QueueIo {
             return (0..parts).for_each(work);
         }
         let processors = self.processors.get_or_init(processors);
-        if processors.start_all(parts, |part| Call::Compute(work, part)).await.is_err() {
+        if self.done(processors.start_all(parts, |part| Call::Compute(work, part))).await.is_err() {
             panic!("a computation panicked"); // its message has been printed by then
         }
     }

@@ -10,7 +10,8 @@
 //! long, compressing and decompressing, is handed to threads that all queues of the process share, and that exist from
 //! the first such work until the last queue goes. So that a
 //! blocking call never waits for a queue whose owner is elsewhere (or is the caller itself), threads that have to wait
-//! for a claim poll the queues of the image meanwhile ([`crate::wait::Help`]).
+//! for a claim poll the queues of the image, and of what shares files with it, meanwhile ([`crate::wait::Help`]). So does an
+//! owner who waits for nothing but claims of others.
 
 mod bell;
 mod engine;
@@ -19,6 +20,7 @@ mod pool;
 #[cfg_attr(not(feature = "io_uring"), path = "no_ring.rs")]
 mod ring;
 
+use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,6 +85,7 @@ pub enum Cancelled {
 /// Dropping it waits until every request that was submitted has ended.
 pub struct Queue {
     core: Arc<Core>,
+    ended: VecDeque<Completion>, // on its way to the owner; empty between calls, unless one has panicked
 }
 
 impl Queue {
@@ -95,7 +98,7 @@ impl Queue {
         let io = QueueIo::new(depth, backend).map_err(|e| Error::io(IoOp::Open, 0, &e))?;
         let core = Arc::new(Core::new(image.clone(), io, depth));
         image.helpers().add(&(core.clone() as Arc<dyn Help>));
-        Ok(Self { core })
+        Ok(Self { core, ended: VecDeque::new() })
     }
 
     /// What performs its transfers: never [`Backend::Auto`].
@@ -113,8 +116,9 @@ impl Queue {
         self.core.submit()
     }
 
-    /// Takes requests that have ended, at most `max`, oldest first, and hands each to `take`. Waits until at least
-    /// `min` of them have (or all there are, or `timeout` is over). Returns how many. Pushed requests are submitted.
+    /// Takes requests that have ended, at most `max`, oldest first, and hands each to `take`, which may use the image.
+    /// Waits until at least `min` of them have (or all there are, or `timeout` is over). Returns how many. Pushed requests
+    /// are submitted.
     pub fn reap(
         &mut self,
         max: usize,
@@ -122,7 +126,11 @@ impl Queue {
         timeout: Option<Duration>,
         take: impl FnMut(Completion),
     ) -> Result<usize> {
-        self.core.reap(max, min, timeout, take)
+        self.core.reap(max, min, timeout, &mut self.ended)?;
+        // Only now, when others can poll the queue: a call on the image may have to wait for its requests.
+        let count = self.ended.len().min(max);
+        std::iter::from_fn(|| self.ended.pop_front()).take(count).for_each(take);
+        Ok(count)
     }
 
     /// A descriptor that becomes readable when there is something to reap, or something that can go on. It stays the
@@ -140,5 +148,31 @@ impl Queue {
 impl Drop for Queue {
     fn drop(&mut self) {
         self.core.drain();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{CreateOptions, OpenOptions, create_with};
+    use crate::storage::Blocking;
+    use crate::storage::memory::MemoryStorage;
+    use crate::wait::block_on;
+
+    /// A thread that was polling the queues of a handle, because it waited for one on another, could be the last to have
+    /// that handle, and so close it: some time after its owner had let it go.
+    #[test]
+    fn who_helps_a_queue_does_not_keep_its_image() {
+        let storage = Arc::new(MemoryStorage::default());
+        block_on(create_with(&Blocking, &*storage, 1 << 20, &CreateOptions::default())).unwrap();
+        let image = Arc::new(Image::open_storage(storage, &OpenOptions::default()).unwrap());
+        let mut queue = Queue::new(image.clone(), 2, Backend::Threads).unwrap();
+        assert!(queue.push(Request::Flush, 1).is_ok());
+        queue.submit();
+        let helper: Arc<dyn Help> = queue.core.clone();
+        drop(queue);
+        assert_eq!(Arc::strong_count(&image), 1);
+        helper.help();
+        assert!(!helper.is_busy());
     }
 }

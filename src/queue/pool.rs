@@ -20,7 +20,7 @@ const IO_THREADS_MAX: usize = 4;
 pub enum Call<'a> {
     /// As [`Storage::read`]; yields the bytes read.
     Read(&'a dyn Storage, &'a [IoDst<'a>], u64),
-    /// As [`Storage::write`].
+    /// As [`Storage::write_in_turn`].
     Write(&'a dyn Storage, &'a [IoSrc<'a>], u64),
     /// As [`Storage::flush`].
     Flush(&'a dyn Storage),
@@ -35,7 +35,7 @@ impl Call<'_> {
     pub fn make(self) -> io::Result<usize> {
         match self {
             Self::Read(on, pieces, offset) => on.read(pieces, offset),
-            Self::Write(on, pieces, offset) => on.write(pieces, offset).map(|()| 0),
+            Self::Write(on, pieces, offset) => on.write_in_turn(pieces, offset).map(|()| 0),
             Self::Flush(on) => on.flush().map(|()| 0),
             Self::PunchHole(on, offset, length) => on.punch_hole(offset, length).map(|()| 0),
             Self::Compute(work, part) => {

@@ -2,91 +2,42 @@
 //! as they are; others through a buffer of our own.
 //!
 //! A write that covers a block in part reads the block, changes it, and writes it back. What others write to the rest of
-//! that block meanwhile would be lost: so such a write waits until the writes under way have ended, and those that come
-//! later wait for it ([`Gate`]). They are rare: guests write blocks.
+//! that block meanwhile would be lost: so writes that share a block take turns ([`Turns`]). As transfers they are what is
+//! waited for last: who has a turn waits for nothing but the disk.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::RawFd;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::pieces::{Piece, PieceCursor};
-use super::{IoDst, IoSrc};
+use super::{IoDst, IoSrc, total_src};
+use crate::wait::{Claim, ClaimFuture, Claims};
 
 /// Where the kernel does not tell: larger than the blocks of any disk that is common.
 const ALIGNMENT_UNTOLD: u64 = 4096;
 /// Bytes that go through the buffer at once.
 const BUFFER_BYTES: u64 = 1 << 20;
 
-#[derive(Default)]
-struct Writes {
-    whole: usize,   // writes of whole blocks under way
-    is_taken: bool, // by a write of a part
-    waiting: usize, // for that
+/// Who writes to which blocks.
+pub struct Turns {
+    block: u64,
+    blocks: Claims,
 }
 
-/// Writes of whole blocks together, or one write of parts of blocks.
-#[derive(Default)]
-struct Gate {
-    writes: Mutex<Writes>,
-    changed: Condvar,
-}
-
-impl Gate {
-    fn lock(&self) -> MutexGuard<'_, Writes> {
-        self.writes.lock().unwrap_or_else(PoisonError::into_inner)
+impl Turns {
+    fn touched(&self, pieces: &[IoSrc<'_>], offset: u64) -> Range<u64> {
+        let first = offset / self.block;
+        first..(offset + total_src(pieces)).div_ceil(self.block).max(first + 1)
     }
 
-    fn try_enter(&self) -> bool {
-        let mut writes = self.lock();
-        let free = !writes.is_taken && writes.waiting == 0;
-        writes.whole += usize::from(free);
-        free
+    /// The turn of a write, once the earlier ones to the same blocks have ended. It ends when it is dropped.
+    pub fn take(&self, pieces: &[IoSrc<'_>], offset: u64) -> ClaimFuture<'_> {
+        self.blocks.claim(self.touched(pieces, offset))
     }
 
-    fn enter(&self) -> Entered<'_> {
-        let mut writes = self.lock();
-        while writes.is_taken || writes.waiting > 0 {
-            writes = self.changed.wait(writes).unwrap_or_else(PoisonError::into_inner);
-        }
-        writes.whole += 1;
-        Entered { gate: self, alone: false }
-    }
-
-    fn take(&self) -> Entered<'_> {
-        let mut writes = self.lock();
-        writes.waiting += 1;
-        while writes.is_taken || writes.whole > 0 {
-            writes = self.changed.wait(writes).unwrap_or_else(PoisonError::into_inner);
-        }
-        writes.waiting -= 1;
-        writes.is_taken = true;
-        Entered { gate: self, alone: true }
-    }
-
-    fn leave(&self, alone: bool) {
-        let mut writes = self.lock();
-        if alone {
-            writes.is_taken = false;
-        } else {
-            writes.whole -= 1;
-        }
-        // Each call of this is a system call, whether anybody waits or not.
-        let somebody_can_go_on = alone || writes.waiting > 0 && writes.whole == 0;
-        drop(writes);
-        if somebody_can_go_on {
-            self.changed.notify_all();
-        }
-    }
-}
-
-struct Entered<'a> {
-    gate: &'a Gate,
-    alone: bool,
-}
-
-impl Drop for Entered<'_> {
-    fn drop(&mut self) {
-        self.gate.leave(self.alone);
+    /// As [`Turns::take`], if it has come.
+    pub fn try_take(&self, pieces: &[IoSrc<'_>], offset: u64) -> Option<Claim<'_>> {
+        self.blocks.try_claim(self.touched(pieces, offset))
     }
 }
 
@@ -94,7 +45,8 @@ impl Drop for Entered<'_> {
 pub struct Direct {
     memory: usize,
     block: u64,
-    gate: Gate,
+    /// Of writes.
+    pub turns: Turns,
 }
 
 impl std::fmt::Debug for Direct {
@@ -155,30 +107,13 @@ impl Direct {
             true => (u64::from(facts.stx_dio_mem_align), u64::from(facts.stx_dio_offset_align)),
             false => (ALIGNMENT_UNTOLD, ALIGNMENT_UNTOLD),
         };
-        Self { memory: memory as usize, block, gate: Gate::default() }
+        Self { memory: memory as usize, block, turns: Turns { block, blocks: Claims::default() } }
     }
 
     /// Whether pieces can be transferred as they are.
     pub fn accepts<P: Piece>(&self, pieces: &[P], offset: u64) -> bool {
         let fits = |p: &P| p.address().is_multiple_of(self.memory) && (p.length() as u64).is_multiple_of(self.block);
         offset.is_multiple_of(self.block) && pieces.iter().all(fits)
-    }
-
-    /// Begins a write of pieces that are accepted, by whoever makes it with the descriptor alone; [`Direct::end_write`]
-    /// ends it. `false`: not now.
-    pub fn try_begin_write(&self) -> bool {
-        self.gate.try_enter()
-    }
-
-    /// See [`Direct::try_begin_write`].
-    pub fn end_write(&self) {
-        self.gate.leave(false);
-    }
-
-    /// Makes a write of pieces that are accepted.
-    pub fn write_whole<R>(&self, write: impl FnOnce() -> R) -> R {
-        let _entered = self.gate.enter();
-        write()
     }
 
     /// Reads through a buffer, until the pieces are full or the file ends.
@@ -201,11 +136,9 @@ impl Direct {
         Ok((at - offset) as usize)
     }
 
-    /// Writes through a buffer.
+    /// Writes through a buffer. The caller has the turn.
     pub fn write(&self, fd: RawFd, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        let end = offset + super::total_src(pieces);
-        let is_whole = offset.is_multiple_of(self.block) && end.is_multiple_of(self.block);
-        let _entered = if is_whole { self.gate.enter() } else { self.gate.take() };
+        let end = offset + total_src(pieces);
         let (mut cursor, mut at) = (PieceCursor::new(pieces), offset);
         while at < end {
             let first = at / self.block * self.block;

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::direct::Direct;
 use super::lock::{self, LockMode};
-use super::{Identity, IoDst, IoSrc, Storage};
+use super::{Identity, IoDst, IoSrc, Storage, Turns};
+use crate::wait::block_on;
 
 /// Most pieces that one system call takes (IOV_MAX of Linux).
 const PIECES_PER_CALL: usize = 1024;
@@ -47,6 +48,17 @@ impl FileStorage {
     /// The descriptor, for drivers that submit I/O themselves.
     pub fn fd(&self) -> RawFd {
         self.file.as_raw_fd()
+    }
+
+    fn write_direct(&self, direct: &Direct, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
+        let (fd, at) = (self.fd(), signed(offset)?);
+        let whole = pieces.len() <= PIECES_PER_CALL && direct.accepts(pieces, offset);
+        // SAFETY: the pieces' makers promised valid memory; IoSrc has the layout of struct iovec; at most IOV_MAX pieces.
+        let write = || unsafe { libc::pwritev(fd, pieces.as_ptr().cast(), pieces.len() as libc::c_int, at) };
+        match whole && write() as u64 == super::total_src(pieces) {
+            true => Ok(()),
+            false => direct.write(fd, pieces, offset), // and what stopped the other will stop this
+        }
     }
 }
 
@@ -147,22 +159,17 @@ impl Storage for FileStorage {
         let fd = self.fd();
         // SAFETY: the pieces' makers promised valid memory; IoSrc has the layout of struct iovec.
         let one = |p: IoSrc<'_>, at| unsafe { libc::pwrite(fd, p.base().cast(), p.len(), at) };
+        if let Some(direct) = self.direct.get() {
+            let _turn = block_on(direct.turns.take(pieces, offset));
+            return self.write_direct(direct, pieces, offset);
+        }
         if let [piece] = pieces
-            && self.direct.get().is_none()
             && one(*piece, signed(offset)?) == piece.len() as libc::ssize_t
         {
             return Ok(());
         }
         // SAFETY: as above; the list has at most IOV_MAX pieces.
         let many = |p: &[IoSrc<'_>], at| unsafe { libc::pwritev(fd, p.as_ptr().cast(), p.len() as libc::c_int, at) };
-        if let Some(direct) = self.direct.get() {
-            let whole = pieces.len() <= PIECES_PER_CALL && direct.accepts(pieces, offset);
-            let at = signed(offset)?;
-            return match whole && direct.write_whole(|| many(pieces, at)) as u64 == super::total_src(pieces) {
-                true => Ok(()),
-                false => direct.write(fd, pieces, offset), // and what stopped the other will stop this
-            };
-        }
         let done = transfer!(pieces, offset, one, many);
         // A write that makes no progress without an error: the device has no room.
         if (done as u64) < super::total_src(pieces) { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
@@ -223,12 +230,19 @@ impl Storage for FileStorage {
         self.direct.get().is_none_or(|direct| direct.accepts(pieces, offset))
     }
 
-    fn begin_raw_write(&self, pieces: &[IoSrc<'_>], offset: u64) -> bool {
-        self.direct.get().is_none_or(|direct| direct.accepts(pieces, offset) && direct.try_begin_write())
+    fn accepts_raw_write(&self, pieces: &[IoSrc<'_>], offset: u64) -> bool {
+        self.direct.get().is_none_or(|direct| direct.accepts(pieces, offset))
     }
 
-    fn end_raw_write(&self) {
-        self.direct.get().into_iter().for_each(Direct::end_write);
+    fn turns(&self) -> Option<&Turns> {
+        self.direct.get().map(|direct| &direct.turns)
+    }
+
+    fn write_in_turn(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
+        match self.direct.get() {
+            Some(direct) => self.write_direct(direct, pieces, offset),
+            None => self.write(pieces, offset),
+        }
     }
 
     fn avoid_page_cache(&self) -> io::Result<()> {

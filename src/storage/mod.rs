@@ -18,6 +18,8 @@ pub mod pieces;
 pub mod record;
 pub mod sim;
 
+pub use direct::Turns;
+
 /// A piece of memory that a transfer writes into, laid out as `struct iovec`.
 ///
 /// It is never turned into a Rust reference: it may be guest memory, which changes under us.
@@ -161,7 +163,7 @@ pub trait Storage: Send + Sync {
     /// Reads from `offset` until the pieces are full or the storage ends; returns the bytes read.
     fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize>;
 
-    /// Writes all pieces at `offset`, growing the storage if need be.
+    /// Writes all pieces at `offset`, growing the storage if need be. Waits for its turn, where there are [`Turns`].
     fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()>;
 
     /// Makes everything durable that was written before the call.
@@ -204,8 +206,8 @@ pub trait Storage: Send + Sync {
     fn unlock(&self) {}
 
     /// The descriptor of a file on which positioned calls do what the functions above do, for drivers that make them
-    /// in another way: reads that [`Storage::accepts_raw_read`], and writes between [`Storage::begin_raw_write`] and
-    /// [`Storage::end_raw_write`].
+    /// in another way: reads that [`Storage::accepts_raw_read`], and writes that [`Storage::accepts_raw_write`], in their
+    /// turn.
     fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
         None
     }
@@ -216,14 +218,23 @@ pub trait Storage: Send + Sync {
         true
     }
 
-    /// Begins a write to the descriptor. `false`: this one has to be made by [`Storage::write`].
-    fn begin_raw_write(&self, pieces: &[IoSrc<'_>], offset: u64) -> bool {
+    /// Whether a write may go to the descriptor as it is.
+    fn accepts_raw_write(&self, pieces: &[IoSrc<'_>], offset: u64) -> bool {
         let _ = (pieces, offset);
         true
     }
 
-    /// Ends a write that was begun with [`Storage::begin_raw_write`].
-    fn end_raw_write(&self) {}
+    /// What keeps writes apart that must not be under way at once; `None`: any may. A driver takes the turn of a write,
+    /// keeps it until the write has ended, and makes it with the descriptor or [`Storage::write_in_turn`]: so it waits as
+    /// requests wait for each other, and not in a call, in which nobody can be helped.
+    fn turns(&self) -> Option<&Turns> {
+        None
+    }
+
+    /// As [`Storage::write`], for who has the turn.
+    fn write_in_turn(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
+        self.write(pieces, offset)
+    }
 
     /// From now on, transfers leave the page cache of the system out.
     fn avoid_page_cache(&self) -> io::Result<()> {
@@ -278,7 +289,12 @@ impl Io for Blocking {
 
     #[inline]
     async fn write(&self, on: &dyn Storage, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        on.write(pieces, offset)
+        let Some(turns) = on.turns() else { return on.write(pieces, offset) };
+        let _turn = match turns.try_take(pieces, offset) {
+            Some(turn) => turn,
+            None => Box::pin(turns.take(pieces, offset)).await, // so that it takes no room in every write
+        };
+        on.write_in_turn(pieces, offset)
     }
 
     #[inline]

@@ -106,8 +106,15 @@ impl HostFile {
         result.map_err(|e| Error::io(IoOp::Flush, 0, &e))
     }
 
+    /// Whether writing has been ended.
     #[inline]
-    fn check_writes(&self) -> Result<()> {
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.get().is_some()
+    }
+
+    /// Refuses a write where writing has been ended, and says why it has.
+    #[inline]
+    pub fn check_writes(&self) -> Result<()> {
         match self.stopped.get() {
             None => Ok(()),
             Some(why) => Err(Error::Poisoned { why }),

@@ -1,6 +1,10 @@
 //! What tests of queues share: memory that requests use, and how they are handed in and taken out.
 #![allow(dead_code)] // each test file uses its own part
 
+use std::io::Write;
+use std::sync::mpsc;
+use std::time::Duration;
+
 use qcow2::Result;
 use qcow2::queue::{Backend, Queue, Request};
 use qcow2::storage::{IoDst, IoSrc};
@@ -63,4 +67,21 @@ pub fn reap(queue: &mut Queue, count: usize) -> Vec<(u64, Result<()>)> {
 
 pub fn reap_all(queue: &mut Queue) -> Vec<(u64, Result<()>)> {
     reap(queue, usize::MAX)
+}
+
+/// What `call` returns, or the end of it all after so long: a thread that waits for ever cannot be ended by itself.
+pub fn ends<T: Send>(what: &str, call: impl FnOnce() -> T + Send) -> T {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let (tell, told) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            let _tells = tell; // by being dropped, also by a panic
+            call()
+        });
+        if told.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let _ = writeln!(std::io::stderr(), "FAILED: {what}: still waiting"); // not kept until the test ends
+            std::process::abort();
+        }
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }

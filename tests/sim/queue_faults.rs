@@ -136,10 +136,7 @@ impl<'a> Client<'a> {
         for (op, result) in reap(&mut self.queue, count) {
             let sent = self.sent.remove(&op).expect("a request that was sent, and reaped once");
             let sectors = sent.ask.range().start / SECTOR_BYTES as u64..sent.ask.range().end / SECTOR_BYTES as u64;
-            // Zeroing and discarding may come to nothing but entries in memory, which no flush will store any more.
-            let needs_file =
-                matches!(sent.ask, Ask::Change(Step::Write { .. } | Step::Compressed { .. } | Step::Flush));
-            if sent.too_late && needs_file {
+            if sent.too_late && matches!(sent.ask, Ask::Change(_)) {
                 let code = result.as_ref().map_err(Error::code);
                 if code != Err(ErrorCode::Poisoned) {
                     self.wrong.push(format!("{:?} after a failed flush: {code:?}", sent.ask));
