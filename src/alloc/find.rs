@@ -13,6 +13,15 @@ const HOST_BITS: u32 = 56;
 /// Takes a run of `want` free clusters (fewer only where the run ends with its refcount block), counts each once, and
 /// returns it. First fit, so that files stay as short as they can.
 pub fn take(state: &mut RefcountState, want: u64) -> Result<std::result::Result<Range<u64>, Need>> {
+    Ok(take_for(state, want, None)?.map(|(run, _)| run))
+}
+
+/// As [`take`], for the data of guest cluster `at` and those that follow. Says whether the run was counted ahead.
+pub fn take_for(
+    state: &mut RefcountState,
+    want: u64,
+    at: Option<u64>,
+) -> Result<std::result::Result<(Range<u64>, bool), Need>> {
     let start = if want == 1 { state.hint } else { state.hint.max(state.run_hint) };
     let ahead = state.ahead_start();
     let found = match ahead.is_some_and(|ahead| start.0 >= ahead) {
@@ -22,26 +31,31 @@ pub fn take(state: &mut RefcountState, want: u64) -> Result<std::result::Result<
             Err(need) => return Ok(Err(need)),
         },
     };
+    let is_ahead = found.is_none();
     let run = match found {
         Some(run) => match count(state, run)? {
             Ok(run) => run,
             Err(need) => return Ok(Err(need)),
         },
         // Nothing is free before it.
-        None => match state.take_ahead(want) {
+        None => match state.take_ahead(want, at) {
             Some(run) => run,
             None => unreachable!("a search without an end finds something"),
         },
     };
     state.note_handed_out(&run);
     let end = HostCluster(run.end);
-    if want == 1 || state.hint.0 == run.start {
-        state.hint = end;
+    // How far nothing is left to be found.
+    let searched = if is_ahead { end.max(start).max(HostCluster(ahead.unwrap_or(0))) } else { end };
+    if want == 1 {
+        state.hint = searched;
+    } else {
+        state.run_hint = searched;
+        if state.hint.0 == run.start {
+            state.hint = end;
+        }
     }
-    if want > 1 {
-        state.run_hint = end;
-    }
-    Ok(Ok(run))
+    Ok(Ok((run, is_ahead)))
 }
 
 /// As [`take`], from cluster `from` on.
@@ -137,7 +151,7 @@ fn search(
             entry = end + 1;
         }
         at = (index + 1) << bits;
-        if until.is_some_and(|until| at > until) {
+        if until.is_some_and(|until| at >= until) {
             return Ok(Ok(None));
         }
         // Remembered, because a search that has to wait for a block starts again: with a cache that holds fewer

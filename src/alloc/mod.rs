@@ -134,11 +134,10 @@ struct Taken {
     extend: Option<Extend>,
 }
 
-/// As [`find::take`], from what was counted ahead where that is next; if nothing is left there, more is counted.
-fn take_noting(state: &mut RefcountState, want: u64) -> Result<std::result::Result<Taken, Need>> {
-    let next = state.ahead_start();
-    Ok(find::take(state, want)?.map(|run| {
-        let ahead = if next == Some(run.start) { state.ahead_state() } else { Ahead::Counted };
+/// As [`find::take_for`]; if nothing is left of what was counted ahead, more is counted.
+fn take_noting(state: &mut RefcountState, want: u64, at: Option<u64>) -> Result<std::result::Result<Taken, Need>> {
+    Ok(find::take_for(state, want, at)?.map(|(run, is_ahead)| {
+        let ahead = if is_ahead { state.ahead_state() } else { Ahead::Counted };
         let is_fresh = state.is_fresh(&run);
         let extend = state.count_ahead(&run);
         Taken { run, is_fresh, ahead, extend }
@@ -148,13 +147,26 @@ fn take_noting(state: &mut RefcountState, want: u64) -> Result<std::result::Resu
 impl Allocator {
     /// Reserves `count` clusters, contiguous where that can be.
     pub async fn reserve<'a, I: Io>(&self, io: &I, tables: &'a Tables, count: u64) -> Result<Reservation<'a>> {
+        self.reserve_for(io, tables, count, None).await
+    }
+
+    /// As [`Allocator::reserve`]; the first is for the data of guest cluster `at`, and lies, where that can be, behind that
+    /// of the one before.
+    pub async fn reserve_for<'a, I: Io>(
+        &self,
+        io: &I,
+        tables: &'a Tables,
+        count: u64,
+        at: Option<GuestCluster>,
+    ) -> Result<Reservation<'a>> {
         let mut reservation = Reservation::none(tables);
         (reservation.is_fresh, reservation.ahead) = (true, Ahead::Durable);
         let mut left = count;
         while left > 0 {
+let at = at.map(|at| at.0 + (count - left));
             let taken = tables.refcounts.with(|state| match state.wants_end_of_file() {
                 true => Ok(None),
-                false => take_noting(state, left).map(Some),
+                false => take_noting(state, left, at).map(Some),
             })?;
             let Some(taken) = taken else {
                 let end = tables.file.size_bytes()?.div_ceil(tables.geometry.cluster_size_bytes());

@@ -217,9 +217,11 @@ impl Image {
         let stays = |s: &&Step| s.plan.target != Target::New || tables.external.is_some();
         let filled = steps.iter().filter(|s| stays(s) && s.plan.next.is_some());
         self.allocator.transfers_done(filled.map(|s| tables.geometry.guest_cluster(s.cluster_at))).await;
-        let new = steps.iter().filter(|s| s.plan.target == Target::New).count() as u64;
+        let is_new = |s: &&Step| s.plan.target == Target::New;
+        let new = steps.iter().filter(is_new).count() as u64;
+        let first = steps.iter().find(is_new).map(|s| tables.geometry.guest_cluster(s.cluster_at));
         let counted = if tables.external.is_some() { 0 } else { new };
-        let reservation = self.allocator.reserve(io, tables, counted).await?;
+        let reservation = self.allocator.reserve_for(io, tables, counted, first).await?;
         assign_hosts(&mut steps, &reservation, tables);
         self.spare_zeroes(&mut steps, &reservation);
         let unlinked = Unlinked { tables, steps: &steps };

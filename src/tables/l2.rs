@@ -244,6 +244,11 @@ impl L2Cache {
         self.slots.len()
     }
 
+    /// Whether there is a slot for every slice that the disk has.
+    pub fn holds_disk(&self) -> bool {
+        self.holds_disk.load(Ordering::Relaxed)
+    }
+
     fn set_of(&self, slice: SliceIndex) -> usize {
         // As many neighbours as there are sets go to as many sets, in an order that depends on the neighbourhood: so
         // nothing is evicted from a cache that can hold the disk, and power-of-two strides stay apart in others.

@@ -5,6 +5,7 @@ pub mod external;
 pub mod file;
 pub mod l1;
 pub mod l2;
+pub mod load;
 pub mod order;
 pub mod overlap;
 pub mod places;
@@ -21,13 +22,14 @@ use crate::format::{
 };
 use crate::plan::read::{Run, Source, continues, run_at};
 use crate::plan::{Span, subcluster_mask};
-use crate::storage::{Io, IoDst};
+use crate::storage::Io;
 use crate::wait::Claims;
 
 use external::ExternalData;
 use file::HostFile;
 use l1::L1Table;
 use l2::{L2Slices, SliceView};
+use load::Sequences;
 use order::Order;
 use overlap::Overlap;
 use refcounts::Refcounts;
@@ -68,6 +70,7 @@ pub struct Tables {
     /// What reaches the disk when.
     pub order: Order,
     slice_loads: Claims,
+    sequences: Sequences,
     size_bytes: AtomicU64,
     metadata: [ClusterRange; 4], // host clusters that no L1 or L2 entry may point to; see is_metadata
     overlap: Overlap,
@@ -123,6 +126,7 @@ impl Tables {
             refcounts: Refcounts::new(header, &l1, refcount_cache_bytes),
             order: Order::default(),
             slice_loads: Claims::default(),
+            sequences: Sequences::default(),
             size_bytes: AtomicU64::new(header.size_bytes),
             metadata: Default::default(),
             overlap: Overlap::default(),
@@ -337,31 +341,6 @@ impl Tables {
             let host_offset = self.l1.entry_offset(index).0;
             Error::Corrupt(Corruption { kind, host_offset, guest_offset, value: entry })
         })
-    }
-
-    /// Brings a slice into the cache, if its L2 table exists.
-    pub async fn load_slice<I: Io>(&self, io: &I, slice: SliceIndex) -> Result<()> {
-        let _loading = self.slice_loads.claim(slice.0..slice.0 + 1).await;
-        if self.l2.look(slice, |_| ()).is_some() {
-            return Ok(());
-        }
-        let index = self.geometry.l1_index_of_slice(slice);
-        let (table, _) = self.table(index)?;
-        if table == HostOffset(0) {
-            return Ok(()); // it has been given up meanwhile
-        }
-        let at = table.plus(self.geometry.slice_offset_in_table(slice));
-        let mut bytes = vec![0u8; self.geometry.slice_bytes() as usize];
-        let got = self.file.read(io, &[IoDst::from(&mut bytes[..])], at).await?;
-        if got < bytes.len() {
-            let guest_offset = Some(slice.0 * self.geometry.slice_covers_bytes());
-            let (kind, host_offset) = (CorruptionKind::L2TableBeyondEof, self.l1.entry_offset(index).0);
-            return Err(Error::Corrupt(Corruption { kind, host_offset, guest_offset, value: table.0 }));
-        }
-        while !self.l2.install(slice, &bytes) {
-            self.write_back(io).await?;
-        }
-        Ok(())
     }
 
     /// The error for a malformed entry, with its place.

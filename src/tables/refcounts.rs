@@ -5,6 +5,7 @@
 //! write-back in `order` makes them reachable on disk in the right order.
 
 pub mod ahead;
+mod streams;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;

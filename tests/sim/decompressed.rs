@@ -19,7 +19,7 @@ fn write_compressed(image: &Image, data: &[u8], offset: u64) {
 }
 
 /// A memory image and its storage.
-fn memory(settings: &[(&str, &str)], size: u64) -> (Arc<MemoryStorage>, Image) {
+pub fn memory(settings: &[(&str, &str)], size: u64) -> (Arc<MemoryStorage>, Image) {
     let storage = Arc::new(MemoryStorage::default());
     let mut options = CreateOptions::default();
     settings.iter().for_each(|(key, value)| options.set(key, value).unwrap());
@@ -29,9 +29,9 @@ fn memory(settings: &[(&str, &str)], size: u64) -> (Arc<MemoryStorage>, Image) {
 }
 
 /// A storage that counts what is read from it.
-struct Counting {
-    below: Arc<MemoryStorage>,
-    reads: Arc<Mutex<Vec<(u64, u64)>>>,
+pub struct Counting {
+    pub below: Arc<MemoryStorage>,
+    pub reads: Arc<Mutex<Vec<(u64, u64)>>>,
 }
 
 impl Storage for Counting {

@@ -27,6 +27,7 @@ mod operation_crash;
 mod operation_faults;
 mod queue_faults;
 mod regress_tables;
+mod slices;
 mod snapshot_crash;
 
 /// What the environment sets a number to.

@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 
+use super::streams::Streams;
 use super::{Need, RefcountState};
 use crate::format::{HostCluster, refcount};
 
@@ -16,6 +17,8 @@ use crate::format::{HostCluster, refcount};
 const FIRST_BYTES: u64 = 1 << 20;
 /// Bytes of the longest run.
 const MOST_BYTES: u64 = 64 << 20;
+/// Bytes that a stream of writes keeps for itself at a time, at most.
+const REGION_BYTES: u64 = 1 << 20;
 /// Least clusters of a run, where clusters are large.
 const CLUSTERS_MIN: u64 = 8;
 
@@ -35,6 +38,7 @@ pub enum Ahead {
 #[derive(Debug, Default)]
 pub(super) struct AheadRun {
     left: Range<u64>,
+    streams: Streams,
     state: Ahead,
     number: u64, // of runs so far: what was said of an older one does not count
     next_bytes: u64,
@@ -51,18 +55,18 @@ pub struct Extend {
 }
 
 impl RefcountState {
-    /// Takes up to `want` clusters from what was counted ahead; `None` where nothing is left.
-    pub fn take_ahead(&mut self, want: u64) -> Option<Range<u64>> {
-        let left = &mut self.ahead.left;
-        let taken = left.start..left.end.min(left.start + want);
-        left.start = taken.end;
-        (!taken.is_empty()).then_some(taken)
+    /// Takes up to `want` clusters from what was counted ahead; `None` where nothing is left. `at`: the guest cluster that
+    /// the first of them is for.
+    pub fn take_ahead(&mut self, want: u64, at: Option<u64>) -> Option<Range<u64>> {
+        let most = REGION_BYTES / self.geometry.cluster_size_bytes();
+        self.ahead.streams.take(&mut self.ahead.left, want, at, most)
     }
 
-    /// First cluster of what was counted ahead and is not taken.
+    /// Where what was counted ahead and is not taken begins, or where all of it ends that streams of writes have kept for
+    /// themselves: nothing in between is free.
     pub fn ahead_start(&self) -> Option<u64> {
-        let left = &self.ahead.left;
-        (!left.is_empty()).then_some(left.start)
+        let AheadRun { left, streams, .. } = &self.ahead;
+        (!left.is_empty() || streams.kept().next().is_some()).then_some(left.start)
     }
 
     /// How far a cluster that has just been taken is prepared.
@@ -73,7 +77,7 @@ impl RefcountState {
     /// Counts free clusters behind `taken`, a run that was just taken from space that was never written. Memory only: no
     /// further than the block that counts `taken`.
     pub fn count_ahead(&mut self, taken: &Range<u64>) -> Option<Extend> {
-        if self.holds_back || !self.ahead.left.is_empty() || !self.is_fresh(taken) {
+        if self.holds_back || self.ahead_start().is_some() || !self.is_fresh(taken) {
             return None;
         }
         let bytes = self.ahead.next_bytes.clamp(FIRST_BYTES, MOST_BYTES);
@@ -122,15 +126,16 @@ impl RefcountState {
     /// Gives back what was counted ahead and not taken: it is free, and as fresh as it was.
     pub fn give_ahead_back(&mut self) -> std::result::Result<(), Need> {
         let left = self.ahead.left.clone();
-        if left.is_empty() {
-            return Ok(());
-        }
-        self.get(HostCluster(left.start))?; // all of them are in this block
-        for cluster in left.clone().rev() {
+        let ranges: Vec<_> =
+            self.ahead.streams.kept().chain(Some(left.clone()).filter(|left| !left.is_empty())).collect();
+        let Some(start) = ranges.iter().map(|range| range.start).min() else { return Ok(()) };
+        self.get(HostCluster(start))?; // all of them are in this block
+        for cluster in ranges.into_iter().flatten() {
             self.set(HostCluster(cluster), 0)?;
         }
         self.ahead.left = left.start..left.start;
-        let start = HostCluster(left.start);
+        self.ahead.streams = Streams::default();
+        let start = HostCluster(start);
         (self.hint, self.run_hint) = (self.hint.min(start), self.run_hint.min(start));
         Ok(())
     }
