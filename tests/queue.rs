@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use qcow2::Error;
 use qcow2::format::GuestOffset;
+use qcow2::image::check::CheckOptions;
 use qcow2::image::{
-    BitmapOptions, CreateOptions, Image, OpenOptions, ResizeOptions, WriteFlags, ZeroFlags, create_with,
+    BitmapOptions, CreateOptions, Image, OpenOptions, ResizeOptions, SnapshotFacts, WriteFlags, ZeroFlags, create_with,
 };
 use qcow2::queue::{Backend, Cancelled, Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
@@ -180,7 +181,7 @@ fn a_blocking_call_never_waits_for_a_queue_that_waits_for_its_owner() {
     });
 }
 
-/// Resizing an image and changing its bitmaps, in the thread of a queue with requests under way, never ended: unlike
+/// Resizing an image and changing its bitmaps (and whatever else holds it alone), in the thread of a queue with requests under way, never ended: unlike
 /// reads and writes these calls did not poll the queue while they waited for its requests. Found by fuzzing C calls.
 #[test]
 fn what_holds_an_image_alone_does_not_wait_for_a_queue_that_waits_for_its_owner() {
@@ -220,6 +221,16 @@ fn what_holds_an_image_alone_does_not_wait_for_a_queue_that_waits_for_its_owner(
         image.bitmap_clear("here").unwrap();
         begin(8);
         image.bitmap_remove("here").unwrap();
+        begin(9);
+        image.snapshot_create("before", &SnapshotFacts::default()).unwrap();
+        begin(10);
+        image.snapshot_apply("before").unwrap();
+        begin(11);
+        assert!(image.check(&mut CheckOptions::default()).unwrap().is_sound());
+        begin(12);
+        drop(image.snapshot_open("before").unwrap());
+        begin(13);
+        image.snapshot_delete("before", None).unwrap();
         drop((queue, others));
         image.close().unwrap();
         other.close().unwrap();
