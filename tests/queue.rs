@@ -1,6 +1,7 @@
 //! Queues: the pipelines of the blocking calls, many at once, on io_uring and on threads, on files in memory, on a
 //! disk, and on a storage without a descriptor. Whatever is in flight, the guest reads what a flat array would.
 
+mod pass_on;
 mod qemu;
 mod requests;
 
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
+use pass_on::pass_on;
 use qcow2::Error;
 use qcow2::format::GuestOffset;
 use qcow2::image::check::CheckOptions;
@@ -18,7 +20,7 @@ use qcow2::image::{
 use qcow2::queue::{Backend, Cancelled, Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::Rng;
-use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::storage::{Blocking, IoSrc, Storage};
 use qcow2::wait::block_on;
 use requests::{BACKENDS, Buffer, push, reap_all};
 
@@ -407,21 +409,13 @@ impl Failing {
 }
 
 impl Storage for Failing {
-    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> std::io::Result<usize> {
-        self.inner.read(pieces, offset)
-    }
+    pass_on!(inner: read size truncate);
     fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> std::io::Result<()> {
         self.step()?;
         self.inner.write(pieces, offset)
     }
     fn flush(&self) -> std::io::Result<()> {
         self.step()
-    }
-    fn size(&self) -> std::io::Result<u64> {
-        self.inner.size()
-    }
-    fn truncate(&self, size: u64) -> std::io::Result<()> {
-        self.inner.truncate(size)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a thread waits for while a queue of its own has requests under way: nothing that only it could let go on. The
 //! queue may be another handle's that shares something with the one that is waited on.
 
+mod pass_on;
 mod requests;
 
 use std::io;
@@ -8,12 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pass_on::pass_on;
 use qcow2::format::GuestOffset;
 use qcow2::image::check::CheckOptions;
 use qcow2::image::{CreateOptions, Image, OpenOptions, SnapshotFacts, WriteFlags, ZeroFlags, create_with};
 use qcow2::queue::{Completion, Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
-use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::storage::{Blocking, IoDst, Storage};
 use qcow2::wait::block_on;
 use requests::{BACKENDS, Buffer, ends, push, reap, reap_all};
 
@@ -28,23 +30,12 @@ struct Base {
 }
 
 impl Storage for Base {
+    pass_on!(bytes: write flush size truncate);
     fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
         while self.is_held_back.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.bytes.read(pieces, offset)
-    }
-    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        self.bytes.write(pieces, offset)
-    }
-    fn flush(&self) -> io::Result<()> {
-        self.bytes.flush()
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.bytes.size()
-    }
-    fn truncate(&self, size: u64) -> io::Result<()> {
-        self.bytes.truncate(size)
     }
 }
 

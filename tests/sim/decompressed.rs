@@ -5,6 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use crate::judge::Layout;
+use crate::pass_on::pass_on;
 use crate::stage::squeezable;
 use qcow2::format::GuestOffset;
 use qcow2::image::{CreateOptions, Image, OpenOptions, WriteFlags, ZeroFlags};
@@ -36,25 +37,10 @@ struct Counting {
 }
 
 impl Storage for Counting {
+    pass_on!(below: write flush size truncate);
     fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
         self.reads.lock().unwrap().push((offset, pieces.iter().map(|piece| piece.len() as u64).sum()));
         self.below.read(pieces, offset)
-    }
-
-    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        self.below.write(pieces, offset)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.below.flush()
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        self.below.size()
-    }
-
-    fn truncate(&self, size: u64) -> io::Result<()> {
-        self.below.truncate(size)
     }
 }
 
