@@ -27,8 +27,14 @@ struct Entry {
 
 #[derive(Default)]
 struct List {
-    entries: Vec<Entry>,
+    entries: Vec<Entry>, // by id, which is the order of arrival
     next_id: u64,
+}
+
+impl List {
+    fn position(&self, id: u64) -> Option<usize> {
+        self.entries.binary_search_by_key(&id, |entry| entry.id).ok()
+    }
 }
 
 /// Ranges that are claimed or waited for, in order of arrival.
@@ -63,7 +69,7 @@ impl Claims {
 
     fn release(&self, id: u64) {
         let mut list = lock(&self.list);
-        let Some(at) = list.entries.iter().position(|e| e.id == id) else { return };
+        let Some(at) = list.position(id) else { return };
         let gone = list.entries.remove(at);
         for entry in &mut list.entries[at..] {
             if overlaps(&entry.range, &gone.range)
@@ -114,9 +120,7 @@ impl<'a> Future for ClaimFuture<'a> {
                 id
             }
         };
-        let Some(at) = list.entries.iter().position(|e| e.id == id) else {
-            unreachable!("a waiting claim is in the list until it is dropped")
-        };
+        let Some(at) = list.position(id) else { unreachable!("a waiting claim is in the list until it is dropped") };
         if list.entries[..at].iter().any(|e| overlaps(&e.range, &self.range)) {
             list.entries[at].waker = Some(context.waker().clone());
             return Poll::Pending;

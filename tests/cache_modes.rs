@@ -1,6 +1,7 @@
 //! Option `cache`: files without the page cache take any request, aligned or not, from any number of threads and from
 //! queues; writethrough makes each write durable; unsafe makes none.
 
+mod pass_on;
 mod qemu;
 mod requests;
 
@@ -8,12 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use pass_on::pass_on;
 use qcow2::format::GuestOffset;
 use qcow2::image::{CreateOptions, Image, OpenOptions, WriteFlags, ZeroFlags, create_with};
 use qcow2::queue::{Backend, Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::Rng;
-use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::storage::{Blocking, IoSrc, Storage};
 use qcow2::wait::block_on;
 use requests::{BACKENDS, Buffer, ends, push, reap, reap_all};
 
@@ -207,21 +209,10 @@ struct Counting {
 }
 
 impl Storage for Counting {
-    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> std::io::Result<usize> {
-        self.inner.read(pieces, offset)
-    }
-    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> std::io::Result<()> {
-        self.inner.write(pieces, offset)
-    }
+    pass_on!(inner: read write size truncate);
     fn flush(&self) -> std::io::Result<()> {
         self.flushes.fetch_add(1, Ordering::SeqCst);
         Ok(())
-    }
-    fn size(&self) -> std::io::Result<u64> {
-        self.inner.size()
-    }
-    fn truncate(&self, size: u64) -> std::io::Result<()> {
-        self.inner.truncate(size)
     }
 }
 

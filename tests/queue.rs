@@ -1,6 +1,7 @@
 //! Queues: the pipelines of the blocking calls, many at once, on io_uring and on threads, on files in memory, on a
 //! disk, and on a storage without a descriptor. Whatever is in flight, the guest reads what a flat array would.
 
+mod pass_on;
 mod qemu;
 mod requests;
 
@@ -9,15 +10,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
+use pass_on::pass_on;
 use qcow2::Error;
 use qcow2::format::GuestOffset;
+use qcow2::image::check::CheckOptions;
 use qcow2::image::{
-    BitmapOptions, CreateOptions, Image, OpenOptions, ResizeOptions, WriteFlags, ZeroFlags, create_with,
+    BitmapOptions, CreateOptions, Image, OpenOptions, ResizeOptions, SnapshotFacts, WriteFlags, ZeroFlags, create_with,
 };
 use qcow2::queue::{Backend, Cancelled, Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::Rng;
-use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::storage::{Blocking, IoSrc, Storage};
 use qcow2::wait::block_on;
 use requests::{BACKENDS, Buffer, push, reap_all};
 
@@ -180,7 +183,7 @@ fn a_blocking_call_never_waits_for_a_queue_that_waits_for_its_owner() {
     });
 }
 
-/// Resizing an image and changing its bitmaps, in the thread of a queue with requests under way, never ended: unlike
+/// Resizing an image and changing its bitmaps (and whatever else holds it alone), in the thread of a queue with requests under way, never ended: unlike
 /// reads and writes these calls did not poll the queue while they waited for its requests. Found by fuzzing C calls.
 #[test]
 fn what_holds_an_image_alone_does_not_wait_for_a_queue_that_waits_for_its_owner() {
@@ -220,6 +223,16 @@ fn what_holds_an_image_alone_does_not_wait_for_a_queue_that_waits_for_its_owner(
         image.bitmap_clear("here").unwrap();
         begin(8);
         image.bitmap_remove("here").unwrap();
+        begin(9);
+        image.snapshot_create("before", &SnapshotFacts::default()).unwrap();
+        begin(10);
+        image.snapshot_apply("before").unwrap();
+        begin(11);
+        assert!(image.check(&mut CheckOptions::default()).unwrap().is_sound());
+        begin(12);
+        drop(image.snapshot_open("before").unwrap());
+        begin(13);
+        image.snapshot_delete("before", None).unwrap();
         drop((queue, others));
         image.close().unwrap();
         other.close().unwrap();
@@ -396,21 +409,13 @@ impl Failing {
 }
 
 impl Storage for Failing {
-    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> std::io::Result<usize> {
-        self.inner.read(pieces, offset)
-    }
+    pass_on!(inner: read size truncate);
     fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> std::io::Result<()> {
         self.step()?;
         self.inner.write(pieces, offset)
     }
     fn flush(&self) -> std::io::Result<()> {
         self.step()
-    }
-    fn size(&self) -> std::io::Result<u64> {
-        self.inner.size()
-    }
-    fn truncate(&self, size: u64) -> std::io::Result<()> {
-        self.inner.truncate(size)
     }
 }
 

@@ -4,6 +4,7 @@
 //! `tests/sim/queue_faults.rs`.)
 
 mod judge;
+mod pass_on;
 mod qemu;
 mod requests;
 
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use judge::Judge;
+use pass_on::pass_on;
 use qcow2::Error;
 use qcow2::error::{ErrorCode, IoOp};
 use qcow2::format::GuestOffset;
@@ -72,21 +74,7 @@ impl Lender {
 }
 
 impl Storage for Lender {
-    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
-        self.file.read(pieces, offset)
-    }
-    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        self.file.write(pieces, offset)
-    }
-    fn flush(&self) -> io::Result<()> {
-        self.file.flush()
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.file.size()
-    }
-    fn truncate(&self, size: u64) -> io::Result<()> {
-        self.file.truncate(size)
-    }
+    pass_on!(file: read write flush size truncate);
     fn extend(&self, size: u64) -> io::Result<()> {
         self.file.extend(size)
     }

@@ -1,6 +1,7 @@
 //! What a thread waits for while a queue of its own has requests under way: nothing that only it could let go on. The
 //! queue may be another handle's that shares something with the one that is waited on.
 
+mod pass_on;
 mod requests;
 
 use std::io;
@@ -8,11 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pass_on::pass_on;
 use qcow2::format::GuestOffset;
+use qcow2::image::check::CheckOptions;
 use qcow2::image::{CreateOptions, Image, OpenOptions, SnapshotFacts, WriteFlags, ZeroFlags, create_with};
 use qcow2::queue::{Completion, Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
-use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::storage::{Blocking, IoDst, Storage};
 use qcow2::wait::block_on;
 use requests::{BACKENDS, Buffer, ends, push, reap, reap_all};
 
@@ -27,23 +30,12 @@ struct Base {
 }
 
 impl Storage for Base {
+    pass_on!(bytes: write flush size truncate);
     fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
         while self.is_held_back.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.bytes.read(pieces, offset)
-    }
-    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        self.bytes.write(pieces, offset)
-    }
-    fn flush(&self) -> io::Result<()> {
-        self.bytes.flush()
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.bytes.size()
-    }
-    fn truncate(&self, size: u64) -> io::Result<()> {
-        self.bytes.truncate(size)
     }
 }
 
@@ -117,6 +109,30 @@ fn the_end_of_a_handle_does_not_wait_for_a_queue_on_another_that_waits_for_its_o
                 assert!(buffers.iter().all(|buffer| buffer.bytes() == [5; PART]));
             });
         }
+    }
+}
+
+/// The longest way round: a check holds the image alone, waits for a write of a queue on it, which needs a slice of the
+/// backing file, which a queue on a snapshot is loading. All of that is for the thread that checks to do.
+#[test]
+fn what_holds_an_image_alone_helps_queues_on_other_handles() {
+    for backend in BACKENDS {
+        ends(&format!("a check, {backend:?}"), || {
+            let (_, [image, one, _]) = image_and_snapshots();
+            let mut buffers = [Buffer::new(PART), Buffer::of(&[7; PART])];
+            let [mut reads, mut writes] = [&one, &image].map(|image| Queue::new(image.clone(), 4, backend).unwrap());
+            push(&mut reads, read(&mut buffers[0], 65536), 0);
+            reads.submit();
+            let write = vec![buffers[1].src(0, PART)];
+            push(&mut writes, Request::Write(write, GuestOffset(65536), WriteFlags::default()), 0);
+            writes.submit();
+            assert!(image.check(&mut CheckOptions::default()).unwrap().is_sound());
+            assert_eq!(writes.submit(), 1, "the check has waited for it");
+            let mut seen = [1; 2 * PART];
+            image.pread(&mut seen, 65536).unwrap();
+            assert!(seen.chunks(PART).zip([7, 5]).all(|(part, value)| part.iter().all(|&byte| byte == value)));
+            assert!(reap(&mut reads, 1)[0].1.is_ok() && buffers[0].bytes() == [5; PART]);
+        });
     }
 }
 

@@ -1,5 +1,6 @@
 //! Bugs that were found once, each as small as it could be made.
 
+mod pass_on;
 mod requests;
 
 use std::io;
@@ -8,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use pass_on::pass_on;
 use qcow2::error::{CorruptionKind, Error, ErrorCode, IoOp, Structure};
 use qcow2::format::GuestOffset;
 use qcow2::image::check::CheckOptions;
@@ -16,7 +18,7 @@ use qcow2::image::{
 };
 use qcow2::queue::{Queue, Request};
 use qcow2::storage::memory::MemoryStorage;
-use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::storage::{Blocking, IoSrc, Storage};
 use requests::{BACKENDS, Buffer, push, reap_all};
 
 /// The search for a free cluster began anew each time it had to wait for a refcount block. With more full blocks
@@ -397,20 +399,9 @@ struct Failing {
 }
 
 impl Storage for Failing {
-    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
-        self.bytes.read(pieces, offset)
-    }
-    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        self.bytes.write(pieces, offset)
-    }
+    pass_on!(bytes: read write size truncate);
     fn flush(&self) -> io::Result<()> {
         if self.fails.load(Ordering::SeqCst) { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.bytes.size()
-    }
-    fn truncate(&self, size: u64) -> io::Result<()> {
-        self.bytes.truncate(size)
     }
 }
 

@@ -51,7 +51,7 @@ struct Calls {
     opts: [*mut qcow2_opts; 2],
     images: [*mut qcow2_image; 3],
     list: *mut qcow2_snapshots,
-    queue: *mut qcow2_queue,
+    queues: [*mut qcow2_queue; 2],
     memory: Vec<u8>,
     // For requests under way: nothing else uses it.
     queued: Vec<u8>,
@@ -166,7 +166,7 @@ pub fn c_calls(input: &[u8]) {
         opts: [null_mut(); 2],
         images: [null_mut(); 3],
         list: null_mut(),
-        queue: null_mut(),
+        queues: [null_mut(); 2],
         memory: vec![0xd7; BUFFER],
         queued: vec![0xd7; BUFFER],
     };
@@ -560,31 +560,40 @@ impl Calls {
     }
 
     fn queues(&mut self, input: &mut Bytes<'_>) {
-        let what = input.u8();
+        // Of few inputs a second one: what was kept before there were two means the same.
+        let (slot, what) = match input.u8() {
+            n @ 0xf0..=0xfe => (1, n - 0xf0),
+            n => (0, n),
+        };
         // SAFETY: live handles or NULL; buffers that live as long as the queue and that nobody else uses.
         unsafe {
-            if self.queue.is_null() || what == 0xff {
-                qcow2_queue_free(std::mem::replace(&mut self.queue, null_mut()));
+            let queue = &mut self.queues[slot];
+            if queue.is_null() || what == [0xff, 14][slot] {
+                qcow2_queue_free(std::mem::replace(queue, null_mut()));
                 let image = some(input, &self.images);
-                result(qcow2_queue_new(image, u32::from(input.u8() % 40), u32::from(input.u8() % 4), &mut self.queue));
+                result(qcow2_queue_new(image, u32::from(input.u8() % 40), u32::from(input.u8() % 4), queue));
                 return;
             }
+            let queue = *queue;
             let (offset, length) = (u64::from(input.u16()) << 4, usize::from(input.u16()));
             let (flags, user_data) = (flags(input), u64::from(what));
             let piece = iovec { iov_base: self.queued.as_mut_ptr().cast(), iov_len: length };
             let mut done = [const { qcow2_completion { user_data: 0, result: 0, error_code: 0, reserved: [0; 2] } }; 8];
             match what % 10 {
-                0 => result(qcow2_queue_readv(self.queue, &piece, 1, offset, flags & !0xf, user_data)),
-                1 | 2 => result(qcow2_queue_writev(self.queue, &piece, 1, offset, flags, user_data)),
-                3 => result(qcow2_queue_flush(self.queue, user_data)),
-                4 => result(qcow2_queue_write_zeroes(self.queue, offset, length as u64, flags, user_data)),
-                5 => result(qcow2_queue_discard(self.queue, offset, length as u64, flags & !0xf, user_data)),
-                6 => result(qcow2_queue_submit(self.queue).min(0)),
-                7 => result(qcow2_queue_cancel(self.queue, user_data).min(0)),
-                8 => result(qcow2_queue_fd(self.queue).min(0)),
+                0 => result(qcow2_queue_readv(queue, &piece, 1, offset, flags & !0xf, user_data)),
+                1 | 2 => result(qcow2_queue_writev(queue, &piece, 1, offset, flags, user_data)),
+                3 => result(qcow2_queue_flush(queue, user_data)),
+                4 => result(qcow2_queue_write_zeroes(queue, offset, length as u64, flags, user_data)),
+                5 => result(qcow2_queue_discard(queue, offset, length as u64, flags & !0xf, user_data)),
+                6 => result(qcow2_queue_submit(queue).min(0)),
+                7 => result(qcow2_queue_cancel(queue, user_data).min(0)),
+                8 => result(qcow2_queue_fd(queue).min(0)),
                 _ => {
-                    let max = u32::from(input.u8() % 9);
-                    let reaped = qcow2_queue_reap(self.queue, done.as_mut_ptr(), max, max.min(1), 1_000_000);
+                    let n = input.u8();
+                    let max = u32::from(n % 9);
+                    // As long as it takes, now and then: nobody but this thread could let what it waits for go on.
+                    let timeout_ns = if n < 0x80 { 1_000_000 } else { -1 };
+                    let reaped = qcow2_queue_reap(queue, done.as_mut_ptr(), max, max.min(1), timeout_ns);
                     result(reaped.min(0));
                     rule!(reaped <= max as c_int, "{reaped} completions instead of {max}");
                 }
@@ -595,12 +604,14 @@ impl Calls {
     fn end(&mut self, input: &mut Bytes<'_>) {
         // SAFETY: all of them are ours, and used no more.
         unsafe {
-            if input.u8() & 1 == 1 {
-                qcow2_queue_free(std::mem::replace(&mut self.queue, null_mut()));
+            let first = input.u8();
+            for (slot, queue) in self.queues.iter_mut().enumerate().filter(|(slot, _)| first >> slot & 1 == 1) {
+                crate::trace!("queue {slot} goes before the images");
+                qcow2_queue_free(std::mem::replace(queue, null_mut()));
             }
             (0..3).for_each(|slot| self.close(slot));
             qcow2_snapshots_free(self.list);
-            qcow2_queue_free(self.queue);
+            self.queues.into_iter().for_each(|queue| qcow2_queue_free(queue));
             self.storages.into_iter().for_each(|storage| qcow2_storage_free(storage));
             self.opts.into_iter().for_each(|opts| qcow2_opts_free(opts));
         }

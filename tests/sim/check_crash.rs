@@ -6,17 +6,17 @@
 mod images;
 
 use crate::campaign::{Job, Share, Tally};
+use crate::pass_on::pass_on;
 use crate::qemu;
 use std::collections::BTreeSet;
 use std::fs;
-use std::io;
 use std::sync::{Arc, Mutex};
 
 use crate::judge::{Judge, Layout};
 use qcow2::image::check::{CheckOptions, CheckResult, Repair, check_with};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, SimDisk};
-use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::storage::{Blocking, Storage};
 use qcow2::wait::block_on;
 use qcow2::{Error, OpenOptions};
 
@@ -97,27 +97,8 @@ impl Watched {
 }
 
 impl Storage for Watched {
-    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
-        self.disk.read(pieces, offset)
-    }
-    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        let result = self.disk.write(pieces, offset);
-        self.look();
-        result
-    }
-    fn flush(&self) -> io::Result<()> {
-        let result = self.disk.flush();
-        self.look();
-        result
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.disk.size()
-    }
-    fn truncate(&self, size: u64) -> io::Result<()> {
-        let result = self.disk.truncate(size);
-        self.look();
-        result
-    }
+    pass_on!(disk: read size);
+    pass_on!(disk: write flush truncate, then look);
 }
 
 /// The row of the campaign.

@@ -1,16 +1,16 @@
 //! A power cut while an image is made, at every point and in every way the disk may keep what was not yet flushed:
 //! what is found afterwards is the old image, the new one, or nothing that opens.
 
-use std::io;
 use std::sync::Mutex;
 
 use crate::campaign::{Job, Tally};
+use crate::pass_on::pass_on;
 
 use qcow2::Error;
 use qcow2::image::{CreateOptions, create_with, create_with_data_file, load_header};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::{CrashBudget, DiskImage, Fault, Rng, SimDisk};
-use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
+use qcow2::storage::{Blocking, Storage};
 use qcow2::wait::block_on;
 
 /// A disk whose crash states are all judged after each call.
@@ -60,27 +60,8 @@ impl Watched {
 }
 
 impl Storage for Watched {
-    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
-        self.disk.read(pieces, offset)
-    }
-    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        let result = self.disk.write(pieces, offset);
-        self.look();
-        result
-    }
-    fn flush(&self) -> io::Result<()> {
-        let result = self.disk.flush();
-        self.look();
-        result
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.disk.size()
-    }
-    fn truncate(&self, size: u64) -> io::Result<()> {
-        let result = self.disk.truncate(size);
-        self.look();
-        result
-    }
+    pass_on!(disk: read size);
+    pass_on!(disk: write flush truncate, then look);
 }
 
 fn made(settings: &[(&str, &str)], size: u64) -> (CreateOptions, Vec<u8>) {

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use crate::judge::Layout;
+use crate::pass_on::pass_on;
 use crate::stage::squeezable;
 use qcow2::format::GuestOffset;
 use qcow2::image::{CreateOptions, Image, OpenOptions, WriteFlags, ZeroFlags};
@@ -12,6 +13,7 @@ use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::sim::DiskImage;
 use qcow2::storage::{Blocking, IoDst, IoSrc, Storage};
 
+const CLUSTER: u64 = 64 << 10;
 const COMPRESSED: WriteFlags = WriteFlags { fua: false, compressed: true };
 
 fn write_compressed(image: &Image, data: &[u8], offset: u64) {
@@ -35,38 +37,28 @@ pub struct Counting {
 }
 
 impl Storage for Counting {
+    pass_on!(below: write flush size truncate);
     fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
         self.reads.lock().unwrap().push((offset, pieces.iter().map(|piece| piece.len() as u64).sum()));
         self.below.read(pieces, offset)
     }
+}
 
-    fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
-        self.below.write(pieces, offset)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.below.flush()
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        self.below.size()
-    }
-
-    fn truncate(&self, size: u64) -> io::Result<()> {
-        self.below.truncate(size)
-    }
+/// An image of so many clusters, all of them compressed, and what it holds.
+fn compressed_image(method: &str, clusters: u64) -> (Arc<MemoryStorage>, Vec<u8>) {
+    let (storage, image) = memory(&[("compression_type", method)], clusters * CLUSTER);
+    let content: Vec<u8> = (0..clusters).flat_map(|n| squeezable(n + 1, n * CLUSTER, CLUSTER)).collect();
+    write_compressed(&image, &content, 0);
+    image.close().unwrap();
+    (storage, content)
 }
 
 /// What of a compressed image is read from its file: small reads fetch (and decompress) each cluster once, large ones
 /// fetch neighbours together.
 #[test]
 fn clusters_are_fetched_once_and_together() {
-    const CLUSTER: u64 = 64 << 10;
     for method in ["zlib", "zstd"] {
-        let (storage, image) = memory(&[("compression_type", method)], 32 * CLUSTER);
-        let content: Vec<u8> = (0..32).flat_map(|n| squeezable(n + 1, n * CLUSTER, CLUSTER)).collect();
-        write_compressed(&image, &content, 0);
-        image.close().unwrap();
+        let (storage, content) = compressed_image(method, 32);
         let reads = Arc::new(Mutex::new(Vec::new()));
         for (cache, buffer, fetched_max) in
             [("4M", 4096u64, 32), ("64k", 4096, 512), ("0", 4096, 512), ("0", 32 * CLUSTER, 1), ("128k", 3000, 32)]
@@ -94,12 +86,8 @@ fn clusters_are_fetched_once_and_together() {
 /// beside them can be read, and a bad one is bad again when it is asked for again.
 #[test]
 fn of_several_bad_clusters_the_first_one_is_told() {
-    const CLUSTER: u64 = 64 << 10;
     for method in ["zlib", "zstd"] {
-        let (storage, image) = memory(&[("compression_type", method)], 64 * CLUSTER);
-        let content: Vec<u8> = (0..64).flat_map(|n| squeezable(n + 1, n * CLUSTER, CLUSTER)).collect();
-        write_compressed(&image, &content, 0);
-        image.close().unwrap();
+        let (storage, content) = compressed_image(method, 64);
         let stored = DiskImage::new(storage.snapshot());
         let layout = Layout::parse(&stored).unwrap();
         for bad in [9, 30, 31, 50] {

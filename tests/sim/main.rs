@@ -2,6 +2,8 @@
 
 #[path = "../judge/mod.rs"]
 mod judge;
+#[path = "../pass_on/mod.rs"]
+mod pass_on;
 #[path = "../qemu/mod.rs"]
 mod qemu;
 #[path = "../requests/mod.rs"]

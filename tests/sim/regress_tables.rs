@@ -4,6 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::pass_on::pass_on;
 use qcow2::error::CorruptionKind;
 use qcow2::format::{GuestOffset, HostCluster, L1Index};
 use qcow2::image::options::Discard;
@@ -41,9 +42,7 @@ impl Recorder {
 }
 
 impl Storage for Recorder {
-    fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize> {
-        self.memory.read(pieces, offset)
-    }
+    pass_on!(memory: read size truncate);
     fn write(&self, pieces: &[IoSrc<'_>], offset: u64) -> io::Result<()> {
         let mut bytes = Vec::new();
         for piece in pieces {
@@ -61,12 +60,6 @@ impl Storage for Recorder {
     fn flush(&self) -> io::Result<()> {
         self.log.lock().unwrap().push(Event::Flush);
         Ok(())
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.memory.size()
-    }
-    fn truncate(&self, size: u64) -> io::Result<()> {
-        self.memory.truncate(size)
     }
     fn punch_hole(&self, _: u64, _: u64) -> io::Result<()> {
         self.log.lock().unwrap().push(Event::Punch);
