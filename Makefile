@@ -19,7 +19,7 @@ CARGO_TARGET := $(or $(CARGO_TARGET_DIR),target)
 comma := ,
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: build demo check crash fuzz sanitize bench bench-check bench-driver bench-peers install header clean fmt archive
+.PHONY: build demo check crash fuzz sanitize tsan bench bench-check bench-driver bench-peers install header clean fmt archive
 
 build: $(SO)
 
@@ -112,6 +112,11 @@ sanitize:
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address $(CARGO) build -q --release --locked -j $(JOBS) --features capi \
 	    --target $(HOST) --target-dir target/address
 	CC='$(CC)' SANITIZE=address capi-tests/run $(TESTS)
+
+# The tests that use threads under the thread sanitizer, with all of the standard library: needs the sources of that
+# (tests/races says more). make tsan TESTS="--test queue" for some of them.
+tsan:
+	CARGO='$(CARGO)' JOBS=$(JOBS) tests/races $(TESTS)
 
 install: build
 	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR)
