@@ -108,7 +108,7 @@ fuzz:
 # The C tests with the library and themselves under the address sanitizer (and gcc's for undefined behaviour). The library
 # is built anew for that, in a folder of its own: minutes, the first time.
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
-sanitize:
+sanitize: $(SO)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address $(CARGO) build -q --release --locked -j $(JOBS) --features capi \
 	    --target $(HOST) --target-dir target/address
 	CC='$(CC)' SANITIZE=address capi-tests/run $(TESTS)

@@ -11,8 +11,8 @@ mod requests;
 use std::cell::UnsafeCell;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use judge::Judge;
@@ -332,11 +332,16 @@ fn threads_share_tables_clusters_and_what_is_free() {
 fn writes_side_by_side_do_not_meet() {
     let apart = number("SHARED_APART", UNIT);
     let (storage, image) = created(&CreateOptions::default(), 1 << 20);
+    image.pwrite(&[9; 2 * UNIT as usize], 0).unwrap();
+    let start = Barrier::new(2);
     std::thread::scope(|scope| {
         for thread in 0..2 {
-            let image = &image;
+            let (image, start) = (&image, &start);
             let data = [thread as u8 + 1; UNIT as usize];
-            scope.spawn(move || (0..1000).for_each(|_| image.pwrite(&data, thread * apart).unwrap()));
+            scope.spawn(move || {
+                start.wait();
+                (0..1000).for_each(|_| image.pwrite(&data, thread * apart).unwrap());
+            });
         }
     });
     let mut found = [0; 2 * UNIT as usize];
