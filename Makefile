@@ -19,7 +19,7 @@ CARGO_TARGET := $(or $(CARGO_TARGET_DIR),target)
 comma := ,
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: build demo check crash fuzz sanitize bench bench-check bench-driver bench-peers install header clean fmt archive
+.PHONY: build demo check crash fuzz sanitize tsan bench bench-check bench-driver bench-peers install header clean fmt archive
 
 build: $(SO)
 
@@ -108,10 +108,15 @@ fuzz:
 # The C tests with the library and themselves under the address sanitizer (and gcc's for undefined behaviour). The library
 # is built anew for that, in a folder of its own: minutes, the first time.
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
-sanitize:
+sanitize: $(SO)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address $(CARGO) build -q --release --locked -j $(JOBS) --features capi \
 	    --target $(HOST) --target-dir target/address
 	CC='$(CC)' SANITIZE=address capi-tests/run $(TESTS)
+
+# The tests that use threads under the thread sanitizer, with all of the standard library: needs the sources of that
+# (tests/races says more). make tsan TESTS="--test queue" for some of them.
+tsan:
+	CARGO='$(CARGO)' JOBS=$(JOBS) tests/races $(TESTS)
 
 install: build
 	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR)

@@ -1719,7 +1719,7 @@ int qcow2_queue_cancel(struct qcow2_queue *queue,
  *
  * Every callback gets the user pointer given to qcow2_storage_new(), is called from any thread and from several at
  * once, returns a negative errno on failure, and must not call into an image that uses the storage, nor unwind
- * (throw).
+ * (throw). A read may be under way in the sector in which a write begins: what it finds of that does not matter.
  */
 typedef struct qcow2_storage_ops {
     /** sizeof(struct qcow2_storage_ops). */

@@ -160,7 +160,9 @@ pub type Identity = (u64, u64);
 ///
 /// Implementations retry interrupted calls and finish short ones themselves.
 pub trait Storage: Send + Sync {
-    /// Reads from `offset` until the pieces are full or the storage ends; returns the bytes read.
+    /// Reads from `offset` until the pieces are full or the storage ends; returns the bytes read. The end of a read may meet
+    /// a write that is under way (the sector in which a compressed cluster ends is where the next one begins): what it
+    /// finds of that does not matter.
     fn read(&self, pieces: &[IoDst<'_>], offset: u64) -> io::Result<usize>;
 
     /// Writes all pieces at `offset`, growing the storage if need be. Waits for its turn, where there are [`Turns`].
