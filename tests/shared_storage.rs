@@ -4,7 +4,6 @@
 //! under a transfer, a table that is loaded while it is written. Without it, the content is checked, and the image.
 
 #[path = "judge/mod.rs"]
-#[allow(dead_code)]
 mod judge;
 mod requests;
 
