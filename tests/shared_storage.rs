@@ -3,7 +3,6 @@
 //! that the thread sanitizer (`make tsan`) sees whether anything does: a cluster that is handed out, punched or moved
 //! under a transfer, a table that is loaded while it is written. Without it, the content is checked, and the image.
 
-#[path = "judge/mod.rs"]
 mod judge;
 mod requests;
 
