@@ -4,8 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use crate::decompressed::{Counting, memory};
-use qcow2::image::options::Discard;
-use qcow2::image::{Image, OpenOptions};
+use qcow2::image::{Image, OpenOptions, ZeroFlags};
 use qcow2::storage::memory::MemoryStorage;
 use qcow2::storage::{IoDst, IoSrc, Storage};
 
@@ -99,7 +98,7 @@ fn what_is_read_on_the_way_replaces_nothing_newer() {
     image.pwrite(&[7; 512], 2 * COVERED).unwrap();
     image.close().unwrap();
     let interrupted = Arc::new(Interrupted { below: storage, then: Mutex::default() });
-    let mut options = OpenOptions { discard: Discard::Ignore, ..OpenOptions::default() };
+    let mut options = OpenOptions::default();
     options.set("l2_cache_size", "64k").unwrap(); // 16 slices
     let image = Arc::new(Image::open_storage(interrupted.clone(), &options).unwrap());
     let first = |slice: u64| {
@@ -110,7 +109,7 @@ fn what_is_read_on_the_way_replaces_nothing_newer() {
     assert_eq!((first(2), first(0)), (7, 0));
     let other = image.clone();
     *interrupted.then.lock().unwrap() = Some(Box::new(move || {
-        other.discard(2 * COVERED, 65536).unwrap();
+        other.write_zeroes(2 * COVERED, 65536, ZeroFlags::default()).unwrap();
         other.flush().unwrap();
         for slice in (8..2 * IN_A_TABLE).rev() {
             other.pread(&mut [0; 512], slice * COVERED).unwrap();
