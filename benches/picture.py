@@ -7,7 +7,7 @@ from html import escape
 from programs import PEERS
 
 LEFT, WIDTH, LINE, TOP = 470, 560, 22, 70
-LOW, HIGH = 0.01, 10
+LOW, HIGH = 0.005, 20
 COLOURS = {"ours": "#c0392b", "qemu": "#2c3e50", "imago": "#2980b9", "qcow2-rs": "#27ae60"}
 NAMES = {"ours": "libqcow2", "qemu": "QEMU"}
 
