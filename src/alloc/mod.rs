@@ -163,7 +163,7 @@ impl Allocator {
         (reservation.is_fresh, reservation.ahead) = (true, Ahead::Durable);
         let mut left = count;
         while left > 0 {
-let at = at.map(|at| at.0 + (count - left));
+            let at = at.map(|at| at.0 + (count - left));
             let taken = tables.refcounts.with(|state| match state.wants_end_of_file() {
                 true => Ok(None),
                 false => take_noting(state, left, at).map(Some),
