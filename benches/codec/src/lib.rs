@@ -28,11 +28,16 @@ pub extern "C" fn codec_new(zstd: bool) -> *mut Codec {
 /// # Safety
 /// A state of this thread, and valid memory of these lengths.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn codec_pack(codec: *mut Codec, from: *const u8, length: usize, to: *mut u8, room: usize) -> usize {
+pub unsafe extern "C" fn codec_pack(
+    codec: *mut Codec,
+    from: *const u8,
+    length: usize,
+    to: *mut u8,
+    room: usize,
+) -> usize {
     // SAFETY: the caller's promise.
-    let (codec, from, to) = unsafe {
-        (&mut *codec, std::slice::from_raw_parts(from, length), std::slice::from_raw_parts_mut(to, room))
-    };
+    let (codec, from, to) =
+        unsafe { (&mut *codec, std::slice::from_raw_parts(from, length), std::slice::from_raw_parts_mut(to, room)) };
     if codec.zstd {
         return codec.pack.compress(to, from, zstd_safe::CLEVEL_DEFAULT).unwrap_or(0);
     }
@@ -48,11 +53,16 @@ pub unsafe extern "C" fn codec_pack(codec: *mut Codec, from: *const u8, length: 
 /// # Safety
 /// As for [`codec_pack`].
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn codec_unpack(codec: *mut Codec, from: *const u8, length: usize, to: *mut u8, room: usize) -> bool {
+pub unsafe extern "C" fn codec_unpack(
+    codec: *mut Codec,
+    from: *const u8,
+    length: usize,
+    to: *mut u8,
+    room: usize,
+) -> bool {
     // SAFETY: the caller's promise.
-    let (codec, from, to) = unsafe {
-        (&mut *codec, std::slice::from_raw_parts(from, length), std::slice::from_raw_parts_mut(to, room))
-    };
+    let (codec, from, to) =
+        unsafe { (&mut *codec, std::slice::from_raw_parts(from, length), std::slice::from_raw_parts_mut(to, room)) };
     if codec.zstd {
         return codec.unpack.decompress(to, from) == Ok(room);
     }
