@@ -355,6 +355,27 @@ mod tests {
     use crate::tables::file::HostFile;
     use crate::wait::block_on;
 
+    /// What waits to be freed, or punched, is bounded by a flush that whoever adds to it has to make (M9). Asked for once,
+    /// and again by the next that is added: what is not safe yet still waits after the flush.
+    #[test]
+    fn a_flush_is_asked_for_when_much_waits_for_one_and_again_while_it_does() {
+        let releases = |allocator: &Allocator| allocator.release(7..8, 0);
+        let leaves_places = |allocator: &Allocator| {
+            let waiting = lock(&allocator.holes).len() as u64;
+            allocator.note_holes(std::iter::once(GuestCluster(waiting)), 0);
+        };
+        for add in [releases as fn(&Allocator), leaves_places] {
+            let allocator = Allocator::default();
+            (1..WAITING_MAX).for_each(|_| add(&allocator));
+            assert!(!allocator.takes_flush());
+            for _ in 0..2 {
+                add(&allocator);
+                assert!(allocator.takes_flush());
+                assert!(!allocator.takes_flush());
+            }
+        }
+    }
+
     #[test]
     fn a_run_is_in_one_piece_however_long_it_is() {
         for refcount_bits in [1, 64] {
