@@ -74,7 +74,8 @@ impl Image {
         }
     }
 
-    /// As [`Image::enter`], if nobody holds the image alone.
+    /// As [`Image::enter`], if nobody holds the image alone. The two shortest ways in ask this first: the future of the other
+    /// costs as much as the pin.
     #[inline]
     pub(super) fn try_enter(&self) -> Option<Option<Pin<'_>>> {
         if self.status.any(READ_ONLY) {
